@@ -1,0 +1,30 @@
+"""The two kinds of failure a user sees, and how they become one sentence and an exit status."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+
+class UsageError(Exception):
+    """Wrong usage or input (exit status 2). The message names the file or flag, and the fix."""
+
+
+class RunError(Exception):
+    """The work itself failed (exit status 1). The message says what was kept and what to do next."""
+
+
+@contextlib.contextmanager
+def one_sentence_errors(*, debug: bool = False) -> Iterator[None]:
+    """Turn `UsageError` and `RunError` into one sentence on stderr and exit status 2 or 1.
+
+    Every other exception is a defect of ours and keeps its traceback. With `debug` (or `ACESTEP_DEBUG=1`) these two
+    keep theirs as well.
+    """
+    try:
+        yield
+    except (UsageError, RunError) as error:
+        if debug or os.environ.get("ACESTEP_DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
