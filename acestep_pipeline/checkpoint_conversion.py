@@ -1,0 +1,272 @@
+"""The original ACE-Step 1.5 checkpoint layout, read into diffusers' classes.
+
+Original layout: `<dit>/config.json`, `<dit>/model.safetensors` (or shards with `model.safetensors.index.json`) and
+`<dit>/silence_latent.pt` (`[1, 64, frames]`), with `vae/` and `Qwen3-Embedding-0.6B/` beside the DiT's folder.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AceStepTransformer1DModel, AutoencoderOobleck, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.ace_step import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer, AceStepConditionEncoder
+from safetensors import safe_open
+from transformers import AutoModel, AutoTokenizer
+
+from .errors import UsageError
+
+WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+SILENCE_LATENT_NAME = "silence_latent.pt"
+TEXT_ENCODER_DIR = "Qwen3-Embedding-0.6B"
+VAE_DIR = "vae"
+
+# Top-level prefix in the original file -> component of the diffusers pipeline.
+COMPONENT_PREFIXES = {
+    "decoder.": "transformer",
+    "encoder.": "condition_encoder",
+    "tokenizer.": "audio_tokenizer",
+    "detokenizer.": "audio_token_detokenizer",
+}
+# Original module name -> diffusers module name, as whole path components.
+MODULE_RENAMES = {
+    "q_proj": "to_q",
+    "k_proj": "to_k",
+    "v_proj": "to_v",
+    "o_proj": "to_out.0",
+    "q_norm": "norm_q",
+    "k_norm": "norm_k",
+    "proj_in.1": "proj_in_conv",
+    "proj_out.1": "proj_out_conv",
+}
+
+
+@dataclass(frozen=True)
+class OriginalCheckpoint:
+    """Where the parts of a checkpoint in the original layout lie on disk."""
+
+    dit: Path
+    vae: Path
+    text_encoder: Path
+
+
+def is_dit_folder(folder: Path) -> bool:
+    """Whether `folder` holds a DiT in the original layout."""
+    return (folder / "config.json").is_file() and any(
+        (folder / name).is_file() for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    )
+
+
+def locate_original(folder: Path, variant_dir: str | None) -> OriginalCheckpoint:
+    """Find the DiT, the VAE and the text encoder of an original-layout checkpoint.
+
+    Args:
+        folder: the checkpoint folder, or the DiT's own folder with `vae/` and the text encoder inside or beside it.
+        variant_dir: which DiT to take where the folder holds several, e.g. `acestep-v15-base`.
+
+    Raises:
+        UsageError: a component is missing, or several DiTs are there and `variant_dir` is not given.
+    """
+    if variant_dir is not None:
+        dit = folder / variant_dir
+        if not is_dit_folder(dit):
+            found = ", ".join(child.name for child in _dit_children(folder)) or "none"
+            raise UsageError(
+                f"{folder} has no DiT in {variant_dir!r} (config.json and {WEIGHTS_NAME}); found: {found}. "
+                "Choose one of these with --variant_dir."
+            )
+    elif is_dit_folder(folder) and (folder / SILENCE_LATENT_NAME).is_file():
+        dit = folder
+    else:
+        candidates = _dit_children(folder)
+        if not candidates:
+            raise UsageError(
+                f"{folder} is no ACE-Step 1.5 checkpoint: it has neither model_index.json (diffusers layout) nor a "
+                f"folder with config.json, {WEIGHTS_NAME} and {SILENCE_LATENT_NAME} (original layout)."
+            )
+        if len(candidates) > 1:
+            names = ", ".join(child.name for child in candidates)
+            raise UsageError(f"{folder} holds several DiTs ({names}); choose one with --variant_dir.")
+        dit = candidates[0]
+    if not (dit / SILENCE_LATENT_NAME).is_file():
+        raise UsageError(f"{dit} has no {SILENCE_LATENT_NAME}, which every ACE-Step 1.5 DiT needs; download it again.")
+    around = (folder, dit, dit.parent)
+    return OriginalCheckpoint(
+        dit=dit, vae=_find_beside(around, VAE_DIR), text_encoder=_find_beside(around, TEXT_ENCODER_DIR)
+    )
+
+
+def _dit_children(folder: Path) -> list[Path]:
+    """Sub-folders that are DiTs; the 5 Hz language models beside them have no silence latent."""
+    return sorted(
+        child
+        for child in folder.iterdir()
+        if child.is_dir() and is_dit_folder(child) and (child / SILENCE_LATENT_NAME).is_file()
+    )
+
+
+def _find_beside(folders: tuple[Path, ...], name: str) -> Path:
+    for folder in folders:
+        if (folder / name / "config.json").is_file():
+            return folder / name
+    raise UsageError(
+        f"{folders[0]} has no component {name!r} ({name}/config.json); copy it there from ACE-Step/Ace-Step1.5, "
+        "which holds it."
+    )
+
+
+def convert_key(key: str) -> tuple[str, str]:
+    """Original parameter name -> (pipeline component, name within it); raises `UsageError` for an unknown name."""
+    if key == "null_condition_emb":
+        return "condition_encoder", key
+    for prefix, component in COMPONENT_PREFIXES.items():
+        if key.startswith(prefix):
+            name = f".{key.removeprefix(prefix)}"
+            for original, renamed in MODULE_RENAMES.items():
+                name = name.replace(f".{original}.", f".{renamed}.")
+            return component, name.removeprefix(".")
+    raise UsageError(f"the checkpoint has an unknown parameter {key!r}: it is not an ACE-Step 1.5 DiT.")
+
+
+def component_configs(config: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict]:
+    """Constructor arguments of the four components, from the original `config.json` and the parameters' shapes.
+
+    XL's condition encoder is narrower than its DiT and is described by the `encoder_*` keys.
+    """
+    shared = {
+        "head_dim": config["head_dim"],
+        "rope_theta": float(config["rope_theta"]),
+        "attention_bias": config["attention_bias"],
+        "attention_dropout": config["attention_dropout"],
+        "rms_norm_eps": config["rms_norm_eps"],
+        "sliding_window": config["sliding_window"],
+    }
+    width_keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    dit_width = {key: config[key] for key in width_keys}
+    encoder_width = {key: config.get(f"encoder_{key}") or config[key] for key in width_keys}
+    # The audio tokenizer follows the DiT's width or the encoder's, depending on the release: its weights tell.
+    token_hidden_size = shapes.get("tokenizer.audio_acoustic_proj.weight", (encoder_width["hidden_size"],))[0]
+    token_width = encoder_width if token_hidden_size == encoder_width["hidden_size"] else dit_width
+    pooler = {
+        **shared,
+        **token_width,
+        "audio_acoustic_hidden_dim": config["audio_acoustic_hidden_dim"],
+        "pool_window_size": config["pool_window_size"],
+        "num_attention_pooler_hidden_layers": config["num_attention_pooler_hidden_layers"],
+    }
+    return {
+        "transformer": {
+            **shared,
+            **dit_width,
+            "num_hidden_layers": config["num_hidden_layers"],
+            "in_channels": config["in_channels"],
+            "audio_acoustic_hidden_dim": config["audio_acoustic_hidden_dim"],
+            "patch_size": config["patch_size"],
+            "layer_types": config.get("layer_types"),
+            "encoder_hidden_size": encoder_width["hidden_size"],
+            "is_turbo": bool(config.get("is_turbo", False)),
+            "model_version": config.get("model_version"),
+        },
+        "condition_encoder": {
+            **shared,
+            **encoder_width,
+            "text_hidden_dim": config["text_hidden_dim"],
+            "timbre_hidden_dim": config["timbre_hidden_dim"],
+            "num_lyric_encoder_hidden_layers": config["num_lyric_encoder_hidden_layers"],
+            "num_timbre_encoder_hidden_layers": config["num_timbre_encoder_hidden_layers"],
+        },
+        "audio_tokenizer": {
+            **pooler,
+            "fsq_dim": config["fsq_dim"],
+            "fsq_input_levels": config["fsq_input_levels"],
+            "fsq_input_num_quantizers": config["fsq_input_num_quantizers"],
+        },
+        "audio_token_detokenizer": pooler,
+    }
+
+
+def _iter_weights(dit: Path, names: bool = False) -> Iterator[tuple[str, object]]:
+    """Yield (name, tensor), or (name, shape) with `names`, reading one tensor at a time from the mapped file(s)."""
+    index = dit / WEIGHTS_INDEX_NAME
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS_NAME]
+    for name in files:
+        if not (dit / name).is_file():
+            raise UsageError(f"{dit} lacks the shard {name} that its index names; download it again.")
+        try:
+            with safe_open(dit / name, "pt") as file:
+                for key in file.keys():
+                    yield key, tuple(file.get_slice(key).get_shape()) if names else file.get_tensor(key)
+        except Exception as error:
+            if isinstance(error, UsageError) or "safetensor" not in type(error).__name__.lower():
+                raise
+            raise UsageError(f"{dit / name} is damaged ({error}); download it again.") from error
+
+
+def load_dit_components(dit: Path, torch_dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Module]:
+    """Build the transformer, condition encoder, audio tokenizer and detokenizer from an original DiT folder.
+
+    Args:
+        dit: folder with `config.json`, weights and `silence_latent.pt`.
+        torch_dtype: dtype of the parameters.
+
+    Returns:
+        The modules by pipeline component name, in eval mode, on the CPU.
+
+    Raises:
+        UsageError: a parameter is missing, unknown or of another shape than the config says.
+    """
+    config = json.loads((dit / "config.json").read_text())
+    shapes = dict(_iter_weights(dit, names=True))
+    classes = {
+        "transformer": AceStepTransformer1DModel,
+        "condition_encoder": AceStepConditionEncoder,
+        "audio_tokenizer": AceStepAudioTokenizer,
+        "audio_token_detokenizer": AceStepAudioTokenDetokenizer,
+    }
+    state_dicts: dict[str, dict[str, torch.Tensor]] = {component: {} for component in classes}
+    for key, tensor in _iter_weights(dit):
+        component, name = convert_key(key)
+        state_dicts[component][name] = tensor.to(torch_dtype)
+    silence = torch.load(dit / SILENCE_LATENT_NAME, weights_only=True, map_location="cpu")
+    state_dicts["condition_encoder"]["silence_latent"] = silence.transpose(1, 2).contiguous().to(torch_dtype)
+
+    components = {}
+    for component, arguments in component_configs(config, shapes).items():
+        if not state_dicts[component]:
+            continue
+        with torch.device("meta"):
+            module = classes[component](**arguments)
+        # Buffers that files don't hold (FSQ levels) must be real, so only parameters and persistent buffers are meta.
+        module = _materialise(module, classes[component], arguments)
+        try:
+            module.load_state_dict(state_dicts.pop(component), strict=True, assign=True)
+        except RuntimeError as error:
+            what = " ".join(str(error).split())[:300]
+            raise UsageError(f"{dit}: the weights don't fit its config.json ({component}): {what}") from error
+        components[component] = module.eval().requires_grad_(False)
+    return components
+
+
+def _materialise(module: torch.nn.Module, cls: type, arguments: dict) -> torch.nn.Module:
+    """A module whose non-persistent buffers hold values: `module` if it has none, else one built on the CPU."""
+    persistent = set(module.state_dict())
+    if all(name in persistent for name, _ in module.named_buffers()):
+        return module
+    return cls(**arguments)
+
+
+def load_original(checkpoint: OriginalCheckpoint, *, torch_dtype: torch.dtype, vae_dtype: torch.dtype) -> dict:
+    """All pipeline components of an original-layout checkpoint, as keyword arguments of the pipeline's class."""
+    components = load_dit_components(checkpoint.dit, torch_dtype)
+    components.setdefault("audio_tokenizer", None)
+    components.setdefault("audio_token_detokenizer", None)
+    return {
+        **components,
+        "vae": AutoencoderOobleck.from_pretrained(checkpoint.vae, torch_dtype=vae_dtype),
+        "text_encoder": AutoModel.from_pretrained(checkpoint.text_encoder, dtype=torch_dtype),
+        "tokenizer": AutoTokenizer.from_pretrained(checkpoint.text_encoder),
+        # The pipeline computes the shifted sigmas itself; the scheduler takes them as they are.
+        "scheduler": FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
+    }

@@ -1,0 +1,259 @@
+"""`ACEStepPipeline`: diffusers' `AceStepPipeline` that loads every checkpoint layout and says what is wrong."""
+
+import os
+from pathlib import Path
+
+import torch
+from diffusers import AceStepPipeline
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .checkpoint_conversion import (
+    TEXT_ENCODER_DIR,
+    VAE_DIR,
+    OriginalCheckpoint,
+    is_dit_folder,
+    load_original,
+    locate_original,
+)
+from .errors import UsageError
+from .tiny_checkpoint import TINY_NAME, tiny_checkpoint_path
+
+# The repository that holds the VAE and the text encoder which every 2 B variant shares.
+SHARED_COMPONENTS_REPO = "ACE-Step/Ace-Step1.5"
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+
+# Encoding in tiles of 10 s: on a CPU larger tiles fall out of the cache, on a GPU they only cost memory. An Oobleck
+# encoder frame depends on less than 0.3 s of audio to either side (3 residual units with dilations 1, 3, 9 and kernel 7
+# at strides 1, 2, 8, 32, 192), so 12 frames of overlap make the tiles equal to one pass up to rounding.
+ENCODE_TILE_FRAMES = 250
+ENCODE_OVERLAP_FRAMES = 12
+
+
+def prepend_timbre_special_token(condition_encoder: torch.nn.Module) -> None:
+    """Make the timbre encoder put its learned `special_token` before the projected timbre frames, as XL needs.
+
+    The official XL code takes the timbre embedding from that token's position; diffusers 0.42.1 loads the weight but
+    never prepends it. `tests/test_pipeline.py::test_diffusers_still_ignores_the_timbre_special_token` fails once
+    diffusers does, and this function can go.
+    """
+    timbre_encoder = condition_encoder.timbre_encoder
+
+    def prepend(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        token = timbre_encoder.special_token.to(output.dtype).expand(output.shape[0], -1, -1)
+        return torch.cat([token, output], dim=1)
+
+    if not getattr(timbre_encoder, "_prepends_special_token", False):
+        timbre_encoder.embed_tokens.register_forward_hook(prepend)
+        timbre_encoder._prepends_special_token = True
+
+
+class ACEStepPipeline(AceStepPipeline):
+    """`diffusers.AceStepPipeline` plus the original checkpoint layout, tiled audio coding and XL's timbre token.
+
+    Everything else (`__call__`, `set_adapters`, `disable_lora`, `enable_lora`, `unload_lora_weights`, …) is diffusers'.
+    """
+
+    def __init__(
+        self,
+        vae,
+        text_encoder,
+        tokenizer,
+        transformer,
+        condition_encoder,
+        scheduler,
+        audio_tokenizer=None,
+        audio_token_detokenizer=None,
+    ):
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            condition_encoder=condition_encoder,
+            scheduler=scheduler,
+            audio_tokenizer=audio_tokenizer,
+            audio_token_detokenizer=audio_token_detokenizer,
+        )
+        if vae is not None:
+            hop = vae.hop_length
+            vae.tile_sample_min_length = ENCODE_TILE_FRAMES * hop
+            vae.tile_sample_overlap = ENCODE_OVERLAP_FRAMES * hop
+            vae.enable_tiling()
+        if condition_encoder is not None and transformer is not None:
+            # Only XL has a condition encoder narrower than its DiT.
+            if condition_encoder.config.hidden_size < transformer.config.hidden_size:
+                prepend_timbre_special_token(condition_encoder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        variant_dir: str | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        **kwargs,
+    ) -> "ACEStepPipeline":
+        """Load a checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: `"tiny"` (the embedded toy checkpoint), a folder in diffusers or original
+                layout, or a Hub id of either layout.
+            variant_dir: which DiT of an original-layout checkpoint, e.g. `"acestep-v15-base"`.
+            torch_dtype: dtype of every component but the VAE.
+            vae_dtype: dtype of the VAE; `torch_dtype` if None.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: the Hub's download cache.
+            kwargs: for diffusers' `from_pretrained` (diffusers layout only).
+
+        Raises:
+            UsageError: nothing is there, or a component is missing.
+        """
+        vae_dtype = vae_dtype or torch_dtype
+        source = resolve_checkpoint(
+            str(pretrained_model_name_or_path), variant_dir=variant_dir, revision=revision, cache_dir=cache_dir
+        )
+        if isinstance(source, OriginalCheckpoint):
+            return cls(**load_original(source, torch_dtype=torch_dtype, vae_dtype=vae_dtype))
+        dtypes = {"default": torch_dtype, "vae": vae_dtype}
+        bars = diffusers_logging.is_progress_bar_enabled()
+        diffusers_logging.disable_progress_bar()
+        try:
+            pipeline = super().from_pretrained(source, dtype=dtypes, **kwargs)
+        except (OSError, ValueError) as error:
+            what = " ".join(str(error).split())[:300]
+            raise UsageError(f"the checkpoint in {source} can't be loaded: {what}") from error
+        finally:
+            if bars:
+                diffusers_logging.enable_progress_bar()
+        return pipeline
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name=None, **kwargs):
+        """diffusers' `load_lora_weights` for what training wrote: an adapter directory, its file, or a Hub id.
+
+        Raises:
+            UsageError: the file is not there, is a pickle, or fits no module of this transformer.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, str | os.PathLike):
+            source = str(source)
+            _check_adapter_path(source, kwargs.get("weight_name"))
+            kwargs.setdefault("use_safetensors", True)
+        before = set(getattr(self.transformer, "peft_config", {}))
+        try:
+            super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
+        except (RuntimeError, ValueError, OSError) as error:
+            what = " ".join(str(error).split())[:300]
+            raise UsageError(f"the adapter {_name_of(source)} doesn't load into this checkpoint: {what}") from error
+        if not kwargs.get("hotswap") and set(getattr(self.transformer, "peft_config", {})) == before:
+            raise UsageError(f"the adapter {_name_of(source)} fits no module of this checkpoint; nothing was loaded.")
+
+
+def _name_of(source) -> str:
+    return repr(source) if isinstance(source, str) else "given as a state dict"
+
+
+def _check_adapter_path(source: str, weight_name: str | None) -> None:
+    path = Path(source).expanduser()
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise UsageError(f"{source} is a pickle, which can run code when loaded; convert it to safetensors first.")
+    if path.is_dir() and not (path / (weight_name or LORA_WEIGHTS_NAME)).is_file():
+        raise UsageError(f"{source} holds no {weight_name or LORA_WEIGHTS_NAME}: it is not an adapter directory.")
+    if not path.exists() and _looks_like_path(source):
+        raise UsageError(f"the adapter {source} does not exist.")
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(".safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a checkpoint is
+
+
+def resolve_checkpoint(
+    name: str, *, variant_dir: str | None = None, revision: str | None = None, cache_dir: str | None = None
+) -> Path | OriginalCheckpoint:
+    """Turn what the user named into files on disk, downloading what is on the Hub.
+
+    Returns:
+        A folder in diffusers layout, or the parts of an original-layout checkpoint.
+
+    Raises:
+        UsageError: it is neither, or can't be reached.
+    """
+    if name == TINY_NAME:
+        return tiny_checkpoint_path()
+    if name.startswith("s3://"):
+        raise UsageError(f"{name}: checkpoints are read from folders and the Hub; copy it to a folder first.")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _resolve_folder(folder, variant_dir)
+    if folder.exists() or _looks_like_path(name):
+        raise UsageError(f"the checkpoint {name!r} is not a folder, not a Hub id (user/name), and not 'tiny'.")
+    try:
+        return _resolve_hub(name, variant_dir=variant_dir, revision=revision, cache_dir=cache_dir)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise UsageError(
+            f"the Hub has no model {name!r}{at} that you can see; check the name, and `hf auth login` if it is private."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
+        raise UsageError(
+            f"{name!r} is no folder here and the Hub can't be reached (or lacks a file of it) and no copy is cached: "
+            "check the network, or give a folder or 'tiny'."
+        ) from error
+
+
+def _resolve_folder(folder: Path, variant_dir: str | None) -> Path | OriginalCheckpoint:
+    if not (folder / "model_index.json").is_file():
+        return locate_original(folder, variant_dir)
+    required = ("vae", "text_encoder", "tokenizer", "transformer", "condition_encoder", "scheduler")
+    missing = [component for component in required if not (folder / component).is_dir()]
+    if missing:
+        raise UsageError(f"the checkpoint {folder} misses {', '.join(missing)}; download or copy it again, complete.")
+    return folder
+
+
+def _resolve_hub(
+    name: str, *, variant_dir: str | None, revision: str | None, cache_dir: str | None
+) -> Path | OriginalCheckpoint:
+    def snapshot(repo: str, patterns: list[str] | None, revision: str | None = None) -> Path:
+        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+
+    try:
+        hf_hub_download(name, "model_index.json", revision=revision, cache_dir=cache_dir)
+        return _resolve_folder(snapshot(name, ["*.json", "*.safetensors", "*.txt"], revision), variant_dir)
+    except LocalEntryNotFoundError:
+        # Offline, a cached original-layout checkpoint has no model_index.json either: look for it below.
+        pass
+    except EntryNotFoundError:
+        pass
+    shared = [f"{VAE_DIR}/*", f"{TEXT_ENCODER_DIR}/*"]
+    weights = ["config.json", "*.safetensors", "*.safetensors.index.json", "silence_latent.pt"]
+    if variant_dir is None:
+        folder = snapshot(name, weights + shared, revision)
+        if is_dit_folder(folder) and not (folder / VAE_DIR).is_dir():
+            companions = snapshot(SHARED_COMPONENTS_REPO, shared)
+            return OriginalCheckpoint(
+                dit=folder, vae=companions / VAE_DIR, text_encoder=companions / TEXT_ENCODER_DIR
+            )
+        return locate_original(snapshot(name, None, revision) if not is_dit_folder(folder) else folder, None)
+    folder = snapshot(name, [f"{variant_dir}/*", *shared], revision)
+    if is_dit_folder(folder / variant_dir):
+        return locate_original(folder, variant_dir)
+    # The base and sft DiTs have repositories of their own, named like the variant, by the same owner.
+    dit = snapshot(f"{name.split('/')[0]}/{variant_dir}", weights)
+    return OriginalCheckpoint(dit=dit, vae=folder / VAE_DIR, text_encoder=folder / TEXT_ENCODER_DIR)
