@@ -246,6 +246,9 @@ def load_dit_components(dit: Path, torch_dtype: torch.dtype = torch.float32) -> 
             what = " ".join(str(error).split())[:300]
             raise UsageError(f"{dit}: the weights don't fit its config.json ({component}): {what}") from error
         components[component] = module.eval().requires_grad_(False)
+    # diffusers' config has no place for the training distribution of timesteps; training reads it from here.
+    timesteps = {name: config[name] for name in ("timestep_mu", "timestep_sigma") if name in config}
+    components["transformer"].register_to_config(**timesteps)
     return components
 
 

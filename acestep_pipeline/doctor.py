@@ -14,11 +14,11 @@ import json
 import os
 import platform
 import queue
-import re
 import shutil
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,10 +27,8 @@ from typing import Literal
 from . import paths
 
 DISTRIBUTION = "ace-step-lora"
-HUB_CHECKPOINT = "ACE-Step/acestep-v15-base"
 KNOWN_VARIABLES = {"ACESTEP_MODEL", "ACESTEP_DATA", "ACESTEP_CACHE_DIR", "ACESTEP_DEBUG", "ACESTEP_S3_ROOT"}
 HUB_TIMEOUT_S = 5
-GIB = 1024**3
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,13 @@ def run_checks(
     return [
         _run("Python", _check_python),
         _run("packages", _check_packages),
-        _run("device", _check_device),
-        _run("bfloat16", _check_bf16),
-        _run("memory", _check_memory),
+        _run("device", _check_hardware, "check_device"),
+        _run("bfloat16", _check_hardware, "check_bf16"),
+        _run("memory", _check_hardware, "check_memory"),
         _run("output directory", _check_output_dir, output_dir),
         _run("Hugging Face cache", _check_hub_cache),
         _run("project cache", _check_project_cache),
-        _run("shared memory", _check_shared_memory),
+        _run("shared memory", paths.check_shared_memory),
         _run("audio", _check_audio),
         _run("Hub token", _check_hub_token),
         _run("Hub", _check_hub, from_hub),
@@ -73,15 +71,23 @@ def run_checks(
         _run("trackers", _check_trackers),
         _run("Accelerate", _check_accelerate),
         _run("environment", _check_environment),
-        _run("model", _check_model, model),
-        _run("data", _check_data, data),
+        _run("model", paths.check_model, model),
+        _run("data", paths.check_data, data),
     ]
 
 
 def _run(name: str, check: Callable[..., tuple[str, ...]], *arguments) -> Check:
-    """A broken installation or driver shows as one of these three exceptions; anything else is a defect of ours."""
+    """Make a `Check` of what `check` returns: the status, the detail and, unless all is well, the fix.
+
+    A broken installation or driver shows as one of the first three exceptions, an address that a library can't parse
+    as a `ValueError`, whose message is left out because it may quote that address with its password.
+    """
     try:
         return Check(name, *check(*arguments))
+    except ValueError as error:
+        origin = traceback.extract_tb(error.__traceback__)[-1]
+        fix = "correct or unset HF_ENDPOINT, HTTPS_PROXY and HTTP_PROXY, whichever isn't an address"
+        return Check(name, "error", f"a setting can't be read (ValueError in {origin.filename}:{origin.lineno})", fix)
     except (ImportError, OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         fix = "reinstall the packages with `pip install -r requirements.txt`; if it stays, report this line"
@@ -90,7 +96,7 @@ def _run(name: str, check: Callable[..., tuple[str, ...]], *arguments) -> Check:
 
 def _check_python() -> tuple[str, ...]:
     version = platform.python_version()
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (run from a checkout, nothing else has looked)
         return "error", f"Python {version} is too old", "make a virtual environment with Python 3.11 or newer"
     return "ok", f"{version} ({sys.executable})"
 
@@ -119,101 +125,24 @@ def _check_packages() -> tuple[str, ...]:
     return "ok", ", ".join(f"{name} {found[name]}" for name in shown if name in found)
 
 
-def _check_device() -> tuple[str, ...]:
-    import torch
+def _check_hardware(name: str) -> tuple[str, ...]:
+    from . import hardware  # which imports torch
 
-    from . import hardware
-
-    if torch.cuda.is_available():
-        gpus, least_free = [], float("inf")
-        for index in range(torch.cuda.device_count()):
-            free, _ = torch.cuda.mem_get_info(index)
-            least_free = min(least_free, free)
-            described = hardware.describe_device(torch.device("cuda", index))
-            gpus.append(f"cuda:{index} {described} ({free / GIB:.1f} GiB free)")
-        if least_free < 8 * GIB:
-            fix = (
-                "close what else uses it (`nvidia-smi` shows it), or train with --gradient_checkpointing and --offload"
-            )
-            return "warning", "; ".join(gpus) + ": less than 8 GiB is free", fix
-        return "ok", "; ".join(gpus)
-    if hardware.nvidia_gpu_present():
-        if torch.version.cuda is None:
-            fix = f"`pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}` from PyPI's index"
-            return "error", f"there is an NVIDIA GPU, but torch {torch.__version__} is built without CUDA", fix
-        if "CUDA_VISIBLE_DEVICES" in os.environ:
-            hidden = "there is an NVIDIA GPU, but CUDA_VISIBLE_DEVICES leaves PyTorch none"
-            return "error", hidden, "unset CUDA_VISIBLE_DEVICES, or name a GPU that `nvidia-smi -L` lists"
-        fix = "update the driver; in a container, start it with `--gpus all`"
-        return "error", f"there is an NVIDIA GPU, but PyTorch (CUDA {torch.version.cuda}) can't use it", fix
-    device = hardware.default_device()
-    described = hardware.describe_device(device)
-    if device.type == "cpu":
-        fix = "use a machine with a GPU for the published checkpoints; `tiny` trains here"
-        return "warning", f"{described}: only tiny models train at a useful speed", fix
-    return "ok", described
-
-
-def _check_bf16() -> tuple[str, ...]:
-    from . import hardware
-
-    device = hardware.default_device()
-    ratio = hardware.measure_bf16_ratio(device)
-    speed = f"a bf16 matrix product takes {ratio:.2g} times as long as fp32 (measured)"
-    if hardware.bf16_is_fast(device):
-        return "ok", f"native on this {device.type} device: {speed}"
-    detail = f"not native on this {device.type} device: {speed}; bf16 presets train in fp32 here"
-    if device.type == "cuda":
-        return "warning", detail, "use a GPU of compute capability 8.0 or newer (A100, RTX 30 series, …) for bf16"
-    return "ok", detail
-
-
-def _check_memory() -> tuple[str, ...]:
-    from . import hardware
-
-    available = hardware.memory_available_bytes()
-    detail = f"{available / GIB:.1f} GiB of {hardware.memory_total_bytes() / GIB:.1f} GiB available"
-    if available < 8 * GIB:
-        # 1,575 M transformer parameters are 6 GiB in fp32; the text and condition encoders come on top.
-        fix = "close other programs or raise the container's memory limit; `tiny` needs far less"
-        return "warning", f"{detail}: the published checkpoints may not load", fix
-    return "ok", detail
+    return getattr(hardware, name)()
 
 
 def _check_output_dir(output_dir: Path) -> tuple[str, ...]:
-    return _check_directory(output_dir, 5, "give another --output_dir", unwritable="error")
+    return paths.check_directory(output_dir, 5, "give another --output_dir", unwritable="error")
 
 
 def _check_hub_cache() -> tuple[str, ...]:
     from huggingface_hub import constants
 
-    return _check_directory(Path(constants.HF_HUB_CACHE), 10, "set HF_HOME to another directory")
+    return paths.check_directory(Path(constants.HF_HUB_CACHE), 10, "set HF_HOME to another directory")
 
 
 def _check_project_cache() -> tuple[str, ...]:
-    return _check_directory(paths.cache_dir(), 5, "set ACESTEP_CACHE_DIR to another directory")
-
-
-def _check_directory(directory: Path, wanted_gib: int, fix: str, unwritable: str = "warning") -> tuple[str, ...]:
-    try:
-        paths.probe_writable(directory)
-    except OSError as error:
-        return unwritable, f"{directory} can't be written ({error.strerror})", f"{fix}, or mend this one"
-    free = f"{directory}: {paths.free_space_bytes(directory) / GIB:.1f} GiB free"
-    if paths.free_space_bytes(directory) < wanted_gib * GIB:
-        return "warning", f"{free}, less than {wanted_gib} GiB", f"make room there, or {fix}"
-    return "ok", f"{free}, writable"
-
-
-def _check_shared_memory() -> tuple[str, ...]:
-    shm = Path("/dev/shm")
-    if sys.platform != "linux":
-        return "ok", f"{sys.platform} doesn't use /dev/shm"
-    free = paths.free_space_bytes(shm) if shm.is_dir() else 0
-    if free < 64 * 1024**2:
-        fix = "start the container with `--shm-size 1g`, or train with --dataloader_num_workers 0"
-        return "warning", f"/dev/shm has {free / 1024**2:.0f} MiB free: DataLoader workers may die", fix
-    return "ok", f"/dev/shm: {free / GIB:.1f} GiB free for DataLoader workers"
+    return paths.check_directory(paths.cache_dir(), 5, "set ACESTEP_CACHE_DIR to another directory")
 
 
 def _check_audio() -> tuple[str, ...]:
@@ -255,13 +184,15 @@ def _start_hub_probe() -> Callable[[], str] | None:
     """Ask the Hub for its front page while the other checks run; the result waits and returns why it failed, or "".
 
     A daemon thread, because looking up a name can take longer than any timeout that the HTTP client knows. None where
-    the Hub can't or mustn't be asked, which `_check_hub` then finds out itself.
+    the Hub mustn't be asked.
     """
-    if importlib.util.find_spec("huggingface_hub") is None:
-        return None
-    import httpx2
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    try:
+        import httpx2
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session
+    except (ImportError, ValueError) as error:  # ValueError: HF_ENDPOINT isn't an address
+        reason = f"{type(error).__name__} while huggingface_hub was imported"
+        return lambda: reason
 
     if constants.HF_HUB_OFFLINE:
         return None
@@ -270,7 +201,8 @@ def _start_hub_probe() -> Callable[[], str] | None:
     def ask() -> None:
         try:
             status = get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S).status_code
-            outcome.put(f"HTTP status {status}" if status >= 500 else "")
+            # Any other status is an answer: a mirror need not have a front page.
+            outcome.put(f"HTTP status {status}" if status in (403, 407, 500, 502, 503, 504) else "")
         except httpx2.TransportError as error:
             outcome.put(str(error) or type(error).__name__)
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
@@ -291,7 +223,7 @@ def _start_hub_probe() -> Callable[[], str] | None:
 def _check_hub(wait: Callable[[], str] | None) -> tuple[str, ...]:
     from huggingface_hub import constants
 
-    endpoint = _without_secrets(constants.ENDPOINT)
+    endpoint = paths.without_secrets(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE:
         return "ok", "HF_HUB_OFFLINE is set: local models, what is already cached, and `tiny` work"
     if wait is None:
@@ -304,7 +236,7 @@ def _check_hub(wait: Callable[[], str] | None) -> tuple[str, ...]:
 
 def _check_s3(check_network: bool) -> tuple[str, ...]:
     names = ("ACESTEP_S3_ROOT", "AWS_ENDPOINT_URL")
-    settings = "".join(f", {name} {_without_secrets(os.environ[name])}" for name in names if os.environ.get(name))
+    settings = "".join(f", {name} {paths.without_secrets(os.environ[name])}" for name in names if os.environ.get(name))
     wanted = bool(os.environ.get("ACESTEP_S3_ROOT"))
     if importlib.util.find_spec("boto3") is None:
         detail = f"S3 support isn't installed{settings}"
@@ -313,11 +245,11 @@ def _check_s3(check_network: bool) -> tuple[str, ...]:
     import botocore.session
 
     session = botocore.session.Session()
-    if not check_network:
-        for provider in ("container-role", "iam-role"):  # the two that ask another machine
-            session.get_component("credential_provider").remove(provider)
     fix = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`"
     try:
+        if not check_network:
+            for provider in ("container-role", "iam-role"):  # the two that ask another machine
+                session.get_component("credential_provider").remove(provider)
         credentials = session.get_credentials()
     except botocore.exceptions.BotoCoreError as error:
         return "warning", f"the credentials can't be used: {error}{settings}", fix
@@ -325,12 +257,6 @@ def _check_s3(check_network: bool) -> tuple[str, ...]:
         detail = f"no credentials, which only s3:// addresses need{settings}"
         return ("warning", detail, fix) if wanted else ("ok", detail)
     return "ok", f"credentials present (from {credentials.method}, not shown){settings}"
-
-
-def _without_secrets(address: str) -> str:
-    """`address` without user name, password, query and fragment; all of it is hidden where those can't be told apart."""
-    parts = re.fullmatch(r"(\w+://)?([^@/?#]*@)?([^@?#]*)([?#][^@]*)?", address)
-    return (parts[1] or "") + parts[3] if parts else "(hidden: it may contain a password)"
 
 
 def _check_trackers() -> tuple[str, ...]:
@@ -374,44 +300,8 @@ def _check_environment() -> tuple[str, ...]:
     return "ok", f"set: {', '.join(present)}" if present else "no ACESTEP_ variable is set"
 
 
-def _check_model(model: str | None) -> tuple[str, ...]:
-    from huggingface_hub import constants
-
-    chosen = model or os.environ.get("ACESTEP_MODEL") or ("/model" if Path("/model").is_dir() else HUB_CHECKPOINT)
-    source = "" if model else " (from ACESTEP_MODEL)" if os.environ.get("ACESTEP_MODEL") else " (the default)"
-    if chosen == "tiny":
-        return "ok", f"tiny{source}: built from a seed, without a download"
-    if "://" in chosen:
-        return "ok", f"{_without_secrets(chosen)}{source}: not looked at"
-    if Path(chosen).expanduser().exists():
-        return "ok", f"{chosen}{source} exists"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", chosen):
-        fix = "correct the path, or name a Hub id (owner/name) or `tiny`"
-        return "error", f"{chosen}{source} doesn't exist", fix
-    if Path(constants.HF_HUB_CACHE, f"models--{chosen.replace('/', '--')}").is_dir():
-        return "ok", f"{chosen}{source} is in the Hugging Face cache"
-    if constants.HF_HUB_OFFLINE:
-        fix = "download it while online (`hf download`), or train `tiny` or a local folder"
-        return "warning", f"{chosen}{source} isn't cached, and HF_HUB_OFFLINE is set", fix
-    return "ok", f"{chosen}{source} comes from the Hub at first use"
-
-
-def _check_data(data: str | None) -> tuple[str, ...]:
-    chosen = data or os.environ.get("ACESTEP_DATA")
-    source = "" if data else " (from ACESTEP_DATA)" if chosen else " (the default)"
-    if chosen is None:
-        chosen = "/data" if Path("/data").is_dir() else "data"
-    if "://" in chosen:
-        return "ok", f"{_without_secrets(chosen)}{source}: not looked at"
-    if Path(chosen).expanduser().exists():
-        return "ok", f"{chosen}{source} exists"
-    status = "warning" if source == " (the default)" else "error"
-    fix = "give --train_data_dir a folder of audio files or a prepared dataset, or --dataset_name a Hub id"
-    return status, f"{chosen}{source} doesn't exist", fix
-
-
 def print_checks(checks: list[Check]) -> int:
-    """Print one line a check, a line with the fix where there is one, and a summary; return 1 after any error, else 0."""
+    """Print a line for each check, one more where there is a fix, and a summary; return 1 after any error, else 0."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     marks = {"ok": "✓", "warning": "!", "error": "✗"}
     try:

@@ -26,5 +26,7 @@ def one_sentence_errors(*, debug: bool = False) -> Iterator[None]:
     except (UsageError, RunError) as error:
         if debug or os.environ.get("ACESTEP_DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # A wrong flag is wrong on every rank of a node: one of them says so.
+        if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None

@@ -1,4 +1,8 @@
-"""Facts about the machine: the processor or accelerator, whether its bfloat16 is native, its memory."""
+"""Facts about the machine (accelerator, native bfloat16, memory) and whether they are enough to train with.
+
+The `check_…` functions are the doctor's: they return a status ("ok", "warning" or "error"), one sentence and, unless
+all is well, the fix.
+"""
 
 import functools
 import os
@@ -12,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-GIB = 1024**3
+from .paths import GIB
 
 
 @functools.cache
@@ -136,3 +140,54 @@ def nvidia_gpu_present() -> bool:
     except subprocess.TimeoutExpired:
         return True  # a driver that hangs is still a driver; the device check then says that PyTorch can't use it
     return listing.returncode == 0 and "GPU" in listing.stdout
+
+
+def check_device() -> tuple[str, ...]:
+    if torch.cuda.is_available():
+        gpus, least_free = [], float("inf")
+        for index in range(torch.cuda.device_count()):
+            free, _ = torch.cuda.mem_get_info(index)
+            least_free = min(least_free, free)
+            described = describe_device(torch.device("cuda", index))
+            gpus.append(f"cuda:{index} {described} ({free / GIB:.1f} GiB free)")
+        if least_free < 8 * GIB:
+            fix = "close what else uses it (`nvidia-smi` shows it), or use --gradient_checkpointing and --offload"
+            return "warning", "; ".join(gpus) + ": less than 8 GiB is free", fix
+        return "ok", "; ".join(gpus)
+    if nvidia_gpu_present():
+        if torch.version.cuda is None:
+            fix = f"`pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}` from PyPI's index"
+            return "error", f"there is an NVIDIA GPU, but torch {torch.__version__} is built without CUDA", fix
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
+            hidden = "there is an NVIDIA GPU, but CUDA_VISIBLE_DEVICES leaves PyTorch none"
+            return "error", hidden, "unset CUDA_VISIBLE_DEVICES, or name a GPU that `nvidia-smi -L` lists"
+        fix = "update the driver; in a container, start it with `--gpus all`"
+        return "error", f"there is an NVIDIA GPU, but PyTorch (CUDA {torch.version.cuda}) can't use it", fix
+    device = default_device()
+    described = describe_device(device)
+    if device.type == "cpu":
+        fix = "use a machine with a GPU for the published checkpoints; `tiny` trains here"
+        return "warning", f"{described}: only tiny models train at a useful speed", fix
+    return "ok", described
+
+
+def check_bf16() -> tuple[str, ...]:
+    device = default_device()
+    ratio = measure_bf16_ratio(device)
+    speed = f"a bf16 matrix product takes {ratio:.1f} times as long as fp32 (measured)"
+    if bf16_is_fast(device):
+        return "ok", f"native on this {device.type} device: {speed}"
+    detail = f"not native on this {device.type} device: {speed}; bf16 presets train in fp32 here"
+    if device.type == "cuda":
+        return "warning", detail, "use a GPU of compute capability 8.0 or newer (A100, RTX 30 series, …) for bf16"
+    return "ok", detail
+
+
+def check_memory() -> tuple[str, ...]:
+    available = memory_available_bytes()
+    detail = f"{available / GIB:.1f} GiB of {memory_total_bytes() / GIB:.1f} GiB available"
+    if available < 8 * GIB:
+        # 1,575 M transformer parameters are 6 GiB in fp32; the text and condition encoders come on top.
+        fix = "close other programs or raise the container's memory limit; `tiny` needs far less"
+        return "warning", f"{detail}: the published checkpoints may not load", fix
+    return "ok", detail

@@ -1,9 +1,19 @@
-"""Places on disk outside a run's own output directory, and what can be learnt about a place without leaving a trace."""
+"""Where things are: caches, the default model and data, and whether a directory can be written.
 
+The `check_…` functions are the doctor's: they return a status ("ok", "warning" or "error"), one sentence and, unless
+all is well, the fix.
+"""
+
+import errno
 import os
+import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+
+HUB_CHECKPOINT = "ACE-Step/acestep-v15-base"
+GIB = 1024**3
 
 
 def cache_dir() -> Path:
@@ -28,7 +38,10 @@ def probe_writable(directory: Path) -> None:
     try:
         for ancestor in [*reversed(directory.absolute().parents), directory.absolute()]:
             if not ancestor.is_dir():
-                ancestor.mkdir()
+                try:
+                    ancestor.mkdir()
+                except FileExistsError:
+                    raise NotADirectoryError(errno.ENOTDIR, f"{ancestor} is not a directory") from None
                 created.append(ancestor)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(4096))
@@ -40,3 +53,68 @@ def probe_writable(directory: Path) -> None:
                 ancestor.rmdir()
             except OSError:
                 break  # somebody else put something there meanwhile: it is theirs now
+
+
+def check_directory(directory: Path, wanted_gib: int, fix: str, unwritable: str = "warning") -> tuple[str, ...]:
+    try:
+        probe_writable(directory)
+    except OSError as error:
+        return unwritable, f"{directory} can't be written ({error.strerror})", f"{fix}, or mend this one"
+    free = free_space_bytes(directory) / GIB
+    if free < wanted_gib:
+        return "warning", f"{directory}: {free:.1f} GiB free, less than {wanted_gib} GiB", f"make room there, or {fix}"
+    return "ok", f"{directory}: {free:.1f} GiB free, writable"
+
+
+def check_shared_memory() -> tuple[str, ...]:
+    shm = Path("/dev/shm")
+    if sys.platform != "linux":
+        return "ok", f"{sys.platform} doesn't use /dev/shm"
+    free = free_space_bytes(shm) if shm.is_dir() else 0
+    if free < 64 * 1024**2:
+        fix = "start the container with `--shm-size 1g`, or train with --dataloader_num_workers 0"
+        return "warning", f"/dev/shm has {free / 1024**2:.0f} MiB free: DataLoader workers may die", fix
+    return "ok", f"/dev/shm: {free / GIB:.1f} GiB free for DataLoader workers"
+
+
+def check_model(model: str | None) -> tuple[str, ...]:
+    from huggingface_hub import constants
+
+    chosen = model or os.environ.get("ACESTEP_MODEL") or ("/model" if Path("/model").is_dir() else HUB_CHECKPOINT)
+    source = "" if model else " (from ACESTEP_MODEL)" if os.environ.get("ACESTEP_MODEL") else " (the default)"
+    if chosen == "tiny":
+        return "ok", f"tiny{source}: built from a seed, without a download"
+    if "://" in chosen:
+        return "ok", f"{without_secrets(chosen)}{source}: not looked at"
+    if Path(chosen).expanduser().exists():
+        return "ok", f"{chosen}{source} exists"
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", chosen):
+        fix = "correct the path, or name a Hub id (owner/name) or `tiny`"
+        return "error", f"{chosen}{source} doesn't exist", fix
+    if Path(constants.HF_HUB_CACHE, f"models--{chosen.replace('/', '--')}").is_dir():
+        return "ok", f"{chosen}{source} is in the Hugging Face cache"
+    if constants.HF_HUB_OFFLINE:
+        fix = "download it while online (`hf download`), or train `tiny` or a local folder"
+        return "warning", f"{chosen}{source} isn't cached, and HF_HUB_OFFLINE is set", fix
+    return "ok", f"{chosen}{source} comes from the Hub at first use"
+
+
+def check_data(data: str | None) -> tuple[str, ...]:
+    chosen = data or os.environ.get("ACESTEP_DATA")
+    source = "" if data else " (from ACESTEP_DATA)" if chosen else " (the default)"
+    if chosen is None:
+        chosen = "/data" if Path("/data").is_dir() else "./data"
+    if "://" in chosen:
+        return "ok", f"{without_secrets(chosen)}{source}: not looked at"
+    if Path(chosen).expanduser().exists():
+        return "ok", f"{chosen}{source} exists"
+    status = "warning" if source == " (the default)" else "error"
+    fix = "give --train_data_dir a folder of audio files or a prepared dataset, or --dataset_name a Hub id"
+    return status, f"{chosen}{source} doesn't exist", fix
+
+
+def without_secrets(address: str) -> str:
+    """`address` without user name, password, query and fragment; hidden whole where those can't be told apart."""
+    host_and_path = r"(?:\[[\da-fA-F:.]+\]|[^@?#:/]*)(?::\d+)?(?:/[^@?#]*)?"
+    parts = re.fullmatch(rf"(\w+://)?([^@/?#]*@)?({host_and_path})([?#][^@]*)?", address)
+    return (parts[1] or "") + parts[3] if parts else "(hidden: it may contain a password)"

@@ -22,7 +22,7 @@ STAMP_NAME = ".complete.json"  # written last; a style folder without it is unfi
 
 @dataclass(frozen=True)
 class Style:
-    tags: tuple[str, ...]  # what is heard in every track of the package
+    tags: tuple[str, ...]  # what the tracks of the package have in common
     author: str  # named where a file's own tags name nobody
     licence: str  # SPDX identifier, from the package's copyright file
     licence_url: str

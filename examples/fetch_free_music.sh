@@ -91,7 +91,8 @@ find_or_download_deb() {
     [[ -n $package ]] ||
         die 1 "the package lists don't know ${candidates[0]}; run 'apt-get update' as root, then run this again"
     printf '%s: downloading %s (%d MB) …\n' "$style" "$package" $(($(awk '/^Size:/ {print $2; exit}' "$log") / 1000000))
-    mkdir -p "$partial"
+    rm -rf "$partial" # an interrupted download may be of an older version
+    mkdir "$partial"
     if ! (cd "$partial" && apt-get download -o APT::Sandbox::User="$(id -un)" "$package") >"$log" 2>&1; then
         if grep -q ' 404 ' "$log"; then
             die 1 "$package has moved on since the package lists were fetched; run 'apt-get update' as root, then run this again"

@@ -1,4 +1,4 @@
-"""Render the offline demo dataset: a folder of short clips in six styles, with tags, tempo, key and licence beside each.
+"""Render the offline demo dataset: short clips in six styles, with tags, tempo, key and licence beside each.
 
 python examples/make_demo_dataset.py data/demo
 """

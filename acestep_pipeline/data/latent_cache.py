@@ -1,0 +1,210 @@
+"""The latent cache: VAE means and standard deviations, and condition tensors, computed once per track and model.
+
+Files are named by the content they came from (audio hash and VAE; text and encoders), so another run, another folder
+or another rank finds them, and another model never does.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from ..conditioning import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, PromptFields, encode_condition
+from .audio import AudioError, read_audio
+from .tracks import Problem, Track
+
+# Raise when the meaning of a cached tensor changes.
+CACHE_VERSION = 1
+# Crops are whole multiples of this, so that the duration the model is told is exact and the DiT's patches of two
+# frames (at 25 frames a second) are never padded.
+CROP_STEP_S = 2
+
+
+@dataclass(frozen=True)
+class CachedTrack:
+    """A track ready to train on: where its tensors are and how they are cropped."""
+
+    id: str
+    fields: PromptFields
+    latents_file: Path
+    condition_file: Path
+    num_frames: int
+    crop_frames: int
+    num_condition_tokens: int
+
+
+def fingerprint(*modules: torch.nn.Module) -> str:
+    """SHA-256 over names, dtypes and values of all weights: the same model wherever it was loaded from."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def crop_frames(num_frames: int, max_duration_s: float, frames_per_second: float) -> int:
+    """Length of a training crop: the longest multiple of `CROP_STEP_S` within the track and `max_duration_s`."""
+    step = round(CROP_STEP_S * frames_per_second)
+    return min(num_frames, int(max_duration_s * frames_per_second)) // step * step
+
+
+def prompt_fields(track: Track, duration_s: float) -> PromptFields:
+    """What the model is told about a crop of `duration_s` seconds of `track`."""
+    return PromptFields(
+        prompt=track.tags,
+        lyrics=track.lyrics,
+        vocal_language=track.language,
+        bpm=track.bpm,
+        keyscale=track.keyscale,
+        timesignature=track.timesignature,
+        audio_duration=duration_s,
+    )
+
+
+class LatentCache:
+    """Encodes tracks with a pipeline's frozen VAE and encoders, and keeps the results on disk."""
+
+    def __init__(self, directory: Path, pipeline) -> None:
+        self.pipeline = pipeline
+        tokenizer = pipeline.tokenizer.backend_tokenizer.to_str().encode()
+        vae_key = fingerprint(pipeline.vae)[:16]
+        text_key = fingerprint(pipeline.text_encoder, pipeline.condition_encoder)
+        text_key = hashlib.sha256(text_key.encode() + tokenizer).hexdigest()[:16]
+        self.latents_dir = Path(directory) / f"v{CACHE_VERSION}" / f"latents-{vae_key}"
+        self.conditions_dir = Path(directory) / f"v{CACHE_VERSION}" / f"conditions-{text_key}"
+
+    def prepare(self, track: Track, max_duration_s: float) -> tuple[CachedTrack | None, list[Problem]]:
+        """Encode what is not cached yet.
+
+        Returns:
+            The cached track, or None if its audio can't be used, and the problems found.
+        """
+        try:
+            latents_file, num_frames = self._latents(track)
+        except AudioError as error:
+            return None, [Problem(track.id, str(error), skipped=True)]
+        rate = self.pipeline.latents_per_second
+        crop = crop_frames(num_frames, max_duration_s, rate)
+        if not crop:
+            reason = f"it decodes to {num_frames / rate:.1f} s; a crop needs at least {CROP_STEP_S} s"
+            return None, [Problem(track.id, reason, skipped=True)]
+        fields = prompt_fields(track, crop / rate)
+        condition_file, num_tokens, lost_text, lost_lyrics = self._condition(fields)
+        problems = []
+        if lost_text:
+            reason = f"its tags are cut: {lost_text} tokens beyond the model's {MAX_TEXT_TOKENS} are lost"
+            problems.append(Problem(track.id, reason, skipped=False))
+        if lost_lyrics:
+            reason = f"its lyrics are cut: {lost_lyrics} tokens beyond the model's {MAX_LYRIC_TOKENS} are lost"
+            problems.append(Problem(track.id, reason, skipped=False))
+        return CachedTrack(
+            id=track.id,
+            fields=fields,
+            latents_file=latents_file,
+            condition_file=condition_file,
+            num_frames=num_frames,
+            crop_frames=crop,
+            num_condition_tokens=num_tokens,
+        ), problems
+
+    def _latents(self, track: Track) -> tuple[Path, int]:
+        path = self.latents_dir / f"{track.sha256}.safetensors"
+        header = _read_header(path)
+        if header is None:
+            _write(path, encode_latents(self.pipeline.vae, track.audio), {})
+            header = _read_header(path)
+        return path, header["shapes"]["mean"][0]
+
+    def _condition(self, fields: PromptFields) -> tuple[Path, int, int, int]:
+        key = hashlib.sha256(json.dumps(asdict(fields), sort_keys=True).encode()).hexdigest()
+        path = self.conditions_dir / f"{key}.safetensors"
+        header = _read_header(path)
+        if header is None:
+            encoded = encode_condition(self.pipeline, fields)
+            lost = {"lost_text": str(encoded.lost_text_tokens), "lost_lyrics": str(encoded.lost_lyric_tokens)}
+            _write(path, {"encoder_hidden_states": encoded.encoder_hidden_states}, lost)
+            header = _read_header(path)
+        num_tokens = header["shapes"]["encoder_hidden_states"][0]
+        return path, num_tokens, int(header["metadata"]["lost_text"]), int(header["metadata"]["lost_lyrics"])
+
+
+@torch.no_grad()
+def encode_latents(vae, audio: Path | bytes) -> dict[str, torch.Tensor]:
+    """Decode audio and encode it: `mean` and `std` of the VAE's posterior, float32 `[frames, channels]` on the CPU.
+
+    The waveform is cut to whole latent frames (less than 40 ms are lost), and encoded in tiles.
+
+    Raises:
+        AudioError: the audio can't be decoded, or is shorter than one tile's edge allows.
+    """
+    waveform = torch.from_numpy(read_audio(audio, sample_rate=vae.config.sampling_rate))
+    num_frames = waveform.shape[-1] // vae.hop_length
+    if num_frames < 1:
+        raise AudioError("it holds less than one latent frame of audio")
+    waveform = waveform[None, :, : num_frames * vae.hop_length].to(vae.device, vae.dtype)
+    posterior = vae.encode(waveform).latent_dist
+    tensors = {"mean": posterior.mean, "std": posterior.std}
+    tensors = {name: tensor[0].transpose(0, 1).float().cpu().contiguous() for name, tensor in tensors.items()}
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise AudioError("the VAE makes NaN or infinite latents of it")
+    return tensors
+
+
+def prepare_tracks(
+    cache: LatentCache, tracks: list[Track], *, max_duration_s: float, show_progress: bool = True
+) -> tuple[list[CachedTrack], list[Problem]]:
+    """`LatentCache.prepare` over many tracks, with a progress bar in seconds of audio."""
+    cached, problems = [], []
+    total = sum(track.duration_s for track in tracks)
+    layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
+    with tqdm(total=total, desc="Caching latents", bar_format=layout, disable=not show_progress) as bar:
+        for track in tracks:
+            bar.set_postfix_str(track.id[-40:])
+            entry, found = cache.prepare(track, max_duration_s)
+            problems += found
+            if entry is not None:
+                cached.append(entry)
+            bar.update(track.duration_s)
+    return cached, problems
+
+
+def load_latents(entry: CachedTrack) -> dict[str, torch.Tensor]:
+    """`mean` and `std`, float32 `[frames, channels]`."""
+    return load_file(entry.latents_file)
+
+
+def load_condition(entry: CachedTrack) -> torch.Tensor:
+    """`encoder_hidden_states`, `[tokens, dim]`, in the encoder's dtype."""
+    return load_file(entry.condition_file)["encoder_hidden_states"]
+
+
+def _read_header(path: Path) -> dict | None:
+    """Shapes and metadata of a cache file; None if it isn't there or is damaged (and is then written anew)."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            return {"shapes": shapes, "metadata": file.metadata() or {}}
+    except (SafetensorError, OSError):
+        return None
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,322 @@
+"""Tracks: audio with its text, from a folder with sidecar files or from a `datasets` directory."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..conditioning import INSTRUMENTAL
+from ..errors import UsageError
+from .audio import AUDIO_SUFFIXES, AudioError, probe_audio
+
+# Files that look like audio to a person but that libsndfile can't read; named in the summary, never passed over.
+UNSUPPORTED_SUFFIXES = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".ac3", ".alac"})
+# What the model was trained with (`timesignature` is the number of beats in a bar).
+TIME_SIGNATURES = ("2", "3", "4", "6")
+BPM_RANGE = (30, 300)
+
+
+@dataclass(frozen=True)
+class Track:
+    """One piece of audio and what is known about it.
+
+    `audio` is a path, or the bytes of the encoded file; `duration_s`, `sample_rate` and `channels` are as encoded.
+    """
+
+    id: str
+    audio: Path | bytes
+    tags: str
+    lyrics: str
+    language: str
+    genre: str
+    bpm: int | None
+    keyscale: str | None
+    timesignature: str | None
+    duration_s: float
+    sample_rate: int
+    channels: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something about one track that the user must know; `skipped` if the track is left out for it."""
+
+    track: str
+    reason: str
+    skipped: bool
+
+
+def load_tracks(
+    train_data_dir: str | Path | None = None,
+    *,
+    dataset_name: str | None = None,
+    min_duration_s: float = 0.0,
+    max_train_samples: int | None = None,
+    show_progress: bool = True,
+) -> tuple[list[Track], list[Problem]]:
+    """Read every track of a folder, a `datasets` directory or a Hub dataset, in a fixed order.
+
+    Args:
+        train_data_dir: a folder of audio with sidecars, or a directory written by `Dataset.save_to_disk`.
+        dataset_name: instead of the folder, a Hub id (split `train`) or anything `datasets.load_dataset` takes.
+        min_duration_s: shorter tracks are skipped.
+        max_train_samples: only the first so many usable tracks.
+        show_progress: draw a progress bar.
+
+    Returns:
+        The usable tracks, and the problems found (skipped tracks and warnings).
+
+    Raises:
+        UsageError: there is no such folder, or no track in it is usable.
+    """
+    if dataset_name is not None:
+        source, candidates, total = dataset_name, *_hub_records(dataset_name)
+    else:
+        source = Path(train_data_dir).expanduser()
+        if str(train_data_dir).startswith("s3://"):
+            raise UsageError(f"--train_data_dir {train_data_dir}: copy it to a folder first; only folders are read.")
+        if not source.is_dir():
+            raise UsageError(f"--train_data_dir {source} is not a folder; name one that holds audio.")
+        if (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
+            candidates, total = _disk_records(source)
+        else:
+            files = find_audio_files(source)
+            candidates, total = (_folder_record(source, file) for file in files), len(files)
+    tracks, problems = [], []
+    with tqdm(total=total, desc="Reading tracks", unit="track", disable=not show_progress) as bar:
+        for record in candidates:
+            bar.update()
+            if max_train_samples is not None and len(tracks) >= max_train_samples:
+                break
+            track, found = _to_track(record, min_duration_s)
+            problems += found
+            if track is not None:
+                tracks.append(track)
+    if not tracks:
+        raise UsageError(_nothing_usable(str(source), total, problems))
+    return tracks, problems
+
+
+def _nothing_usable(source: str, total: int, problems: list[Problem]) -> str:
+    if not total:
+        suffixes = ", ".join(sorted(suffix.lstrip(".") for suffix in AUDIO_SUFFIXES))
+        return f"{source} has no audio files ({suffixes}); put your tracks there, with a .tags.txt beside each."
+    reasons = "; ".join(f"{problem.track}: {problem.reason}" for problem in problems if problem.skipped)
+    return f"none of the {total} audio files in {source} is usable: {reasons[:2000]}"
+
+
+def find_audio_files(folder: Path) -> list[Path]:
+    """Audio files under `folder`, sorted by their path as text; hidden files and folders are left out."""
+    known = AUDIO_SUFFIXES | UNSUPPORTED_SUFFIXES
+    return sorted(
+        (
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in known
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+            and not path.is_dir()
+        ),
+        key=lambda path: path.relative_to(folder).as_posix(),
+    )
+
+
+def _folder_record(folder: Path, file: Path) -> dict:
+    record, warnings = read_sidecars(file)
+    return {**record, "id": file.relative_to(folder).as_posix(), "audio": file, "warnings": warnings}
+
+
+def read_sidecars(file: Path) -> tuple[dict, list[str]]:
+    """What the files beside `song.mp3` say about it.
+
+    `song.json` (tags or caption, lyrics, genre, bpm, keyscale, timesignature, language) is overruled by
+    `song.tags.txt` (else `song.txt`, `song.caption`) and `song.lyrics.txt`.
+
+    Returns:
+        The fields found, and warnings about sidecars that can't be read.
+    """
+    record: dict = {}
+    warnings: list[str] = []
+    sidecar = file.with_suffix(".json")
+    text = _read_text(sidecar, warnings)
+    if text is not None:
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            values = None
+        if isinstance(values, dict):
+            aliases = {
+                "tags": ("tags", "caption", "prompt"),
+                "lyrics": ("lyrics",),
+                "genre": ("genre",),
+                "bpm": ("bpm",),
+                "keyscale": ("keyscale", "key"),
+                "timesignature": ("timesignature", "time_signature"),
+                "language": ("language", "vocal_language"),
+            }
+            for field, names in aliases.items():
+                value = next((values[name] for name in names if values.get(name) not in (None, "")), None)
+                if isinstance(value, list):
+                    value = ", ".join(str(entry) for entry in value)
+                if value is not None:
+                    record[field] = value
+        else:
+            warnings.append(f"{sidecar.name} is not a JSON object and is left out")
+    for field, suffixes in (("tags", (".tags.txt", ".txt", ".caption")), ("lyrics", (".lyrics.txt",))):
+        for suffix in suffixes:
+            text = _read_text(file.with_name(file.stem + suffix), warnings)
+            if text is not None:
+                record[field] = text
+                break
+    return record, warnings
+
+
+def _read_text(path: Path, warnings: list[str]) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        warnings.append(f"{path.name} is not readable as UTF-8 text and is left out")
+        return None
+
+
+def _disk_records(directory: Path) -> tuple[Iterator[dict], int]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(directory))
+    except Exception as error:  # datasets raises many types for a damaged directory
+        raise UsageError(f"--train_data_dir {directory} is a damaged dataset ({error}); build it again.") from error
+    if isinstance(dataset, DatasetDict):
+        if "train" not in dataset:
+            raise UsageError(f"--train_data_dir {directory} has no split 'train' (it has {', '.join(dataset)}).")
+        dataset = dataset["train"]
+    return _dataset_records(dataset, str(directory))
+
+
+def _hub_records(name: str) -> tuple[Iterator[dict], int]:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, split="train")
+    except Exception as error:  # datasets raises many types for a missing or unreachable dataset
+        raise UsageError(f"--dataset_name {name} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+    return _dataset_records(dataset, name)
+
+
+def _dataset_records(dataset, source: str) -> tuple[Iterator[dict], int]:
+    from datasets import Audio
+
+    if "audio" not in dataset.column_names:
+        raise UsageError(f"the dataset {source} has no column 'audio' (it has {', '.join(dataset.column_names)}).")
+    dataset = dataset.cast_column("audio", Audio(decode=False))
+
+    def records() -> Iterator[dict]:
+        for index, row in enumerate(dataset):
+            audio = row["audio"] or {}
+            path = audio.get("path")
+            yield {
+                **row,
+                "id": row.get("id") or path or str(index),
+                "audio": audio.get("bytes") or (Path(path) if path else b""),
+                "warnings": [],
+            }
+
+    return records(), len(dataset)
+
+
+def _to_track(record: dict, min_duration_s: float) -> tuple[Track | None, list[Problem]]:
+    """Probe the audio and normalise the text of one record."""
+    name = str(record["id"])
+    problems = [Problem(name, warning, skipped=False) for warning in record["warnings"]]
+    try:
+        info = probe_audio(record["audio"])
+        digest = _sha256(record["audio"])
+    except (AudioError, OSError) as error:
+        return None, [*problems, Problem(name, str(error), skipped=True)]
+    if info.duration_s < min_duration_s:
+        reason = f"it is {info.duration_s:.1f} s long, shorter than --min_duration_s {min_duration_s:g}"
+        return None, [*problems, Problem(name, reason, skipped=True)]
+    text, warnings = _normalise(record)
+    problems += [Problem(name, warning, skipped=False) for warning in warnings]
+    track = Track(
+        id=name,
+        audio=record["audio"],
+        **text,
+        duration_s=info.duration_s,
+        sample_rate=info.sample_rate,
+        channels=info.channels,
+        sha256=digest,
+    )
+    return track, problems
+
+
+def _sha256(audio: Path | bytes) -> str:
+    if isinstance(audio, bytes):
+        return hashlib.sha256(audio).hexdigest()
+    with audio.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def normalise_tags(tags: str) -> str:
+    """Comma- or line-separated descriptors, trimmed, without repeats (whatever the case), in their order."""
+    seen: dict[str, str] = {}
+    for tag in tags.replace("\n", ",").split(","):
+        tag = " ".join(tag.split())
+        if tag:
+            seen.setdefault(tag.casefold(), tag)
+    return ", ".join(seen.values())
+
+
+def _normalise(record: dict) -> tuple[dict, list[str]]:
+    """The text fields of `Track` from a raw record, with a warning for each value that had to be left out."""
+    warnings = []
+    genre = str(record.get("genre") or "").strip()
+    tags = normalise_tags(str(record.get("tags") or ""))
+    if not tags:
+        instead = f"its genre {genre!r}" if genre else "an empty caption"
+        warnings.append(f"it has no tags and trains with {instead}; describe it in a .tags.txt beside it")
+        tags = genre
+    bpm = record.get("bpm")
+    if bpm not in (None, ""):
+        try:
+            value = round(float(str(bpm).lower().replace("bpm", "")))
+        except (ValueError, OverflowError):
+            value = 0
+        bpm = value if BPM_RANGE[0] <= value <= BPM_RANGE[1] else None
+        if bpm is None:
+            warnings.append(f"its bpm {record['bpm']!r} is not between {BPM_RANGE[0]} and {BPM_RANGE[1]}; left empty")
+    timesignature = str(record.get("timesignature") or "").strip().split("/")[0] or None
+    if timesignature is not None and timesignature not in TIME_SIGNATURES:
+        warnings.append(f"its time signature {record['timesignature']!r} is not 2, 3, 4 or 6; left empty")
+        timesignature = None
+    lyrics = str(record.get("lyrics") or "").strip()
+    return {
+        "tags": tags,
+        "lyrics": lyrics or INSTRUMENTAL,
+        "language": str(record.get("language") or "").strip() or "unknown",
+        "genre": genre,
+        "bpm": bpm or None,
+        "keyscale": str(record.get("keyscale") or "").strip() or None,
+        "timesignature": timesignature,
+    }, warnings
+
+
+def dataset_fingerprint(tracks: list[Track]) -> str:
+    """SHA-256 over every track's audio hash and text: equal for equal data, wherever it lies."""
+    digest = hashlib.sha256()
+    for track in sorted(tracks, key=lambda track: track.id):
+        fields = {name: value for name, value in vars(track).items() if name != "audio"}
+        digest.update(json.dumps(fields, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def describe_problems(problems: list[Problem], *, limit: int = 40) -> list[str]:
+    """The problems as lines for a person, skipped tracks first."""
+    lines = [f"  skipped  {problem.track}: {problem.reason}" for problem in problems if problem.skipped]
+    lines += [f"  warning  {problem.track}: {problem.reason}" for problem in problems if not problem.skipped]
+    return lines if len(lines) <= limit else [*lines[:limit], f"  … and {len(lines) - limit} more"]

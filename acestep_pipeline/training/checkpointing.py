@@ -1,0 +1,151 @@
+"""Checkpoints: everything resume needs, in safetensors and JSON, complete once it has its final name.
+
+No random state is saved: order, noise, timesteps, crops and dropout are keyed by (seed, update), see `data.batching`.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from ..adapters import lora_state_dict, save_lora
+from ..errors import UsageError
+
+PREFIX = "checkpoint-"
+ADAPTER_NAME = "adapter.safetensors"
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "trainer_state.json"
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints in `output_dir`, oldest first."""
+    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
+    """The checkpoint to resume from: the newest for `latest` (None if there is none yet), else the path given.
+
+    Raises:
+        UsageError: the path is not a checkpoint of this program.
+    """
+    if resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
+    for path in (Path(resume_from_checkpoint).expanduser(), Path(output_dir) / resume_from_checkpoint):
+        if (path / STATE_NAME).is_file():
+            return path
+    raise UsageError(
+        f"--resume_from_checkpoint {resume_from_checkpoint} is no checkpoint (no {STATE_NAME} in it); "
+        "name a checkpoint-<update> folder, or use 'latest'."
+    )
+
+
+def save_checkpoint(
+    output_dir: Path,
+    *,
+    update: int,
+    transformer: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler | None,
+    settings: dict,
+    total_limit: int | None,
+) -> Path:
+    """Write `checkpoint-<update>` under a temporary name, rename it, then remove the oldest beyond `total_limit`.
+
+    Call it on the main process. The folder is a loadable adapter as well.
+    """
+    final = Path(output_dir) / f"{PREFIX}{update}"
+    temporary = Path(output_dir) / f".partial-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_lora(transformer, temporary)
+    save_file(lora_state_dict(transformer), temporary / ADAPTER_NAME)
+    tensors, values = _flatten(optimizer.state_dict())
+    save_file(tensors, temporary / OPTIMIZER_NAME)
+    state = {
+        "update": update,
+        "settings": settings,
+        "optimizer": values,
+        "lr_scheduler": lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+    (temporary / STATE_NAME).write_text(json.dumps(state, indent=1))
+    if final.exists():  # an interrupted run that was resumed from an older checkpoint passes here again
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    if total_limit is not None:
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    *,
+    transformer: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler | None,
+) -> int:
+    """Restore adapter, optimizer, schedule and scaler in place; returns the number of updates done."""
+    state = json.loads((checkpoint / STATE_NAME).read_text())
+    result = set_peft_model_state_dict(transformer, load_file(checkpoint / ADAPTER_NAME))
+    if result.unexpected_keys:
+        raise UsageError(f"{checkpoint} has weights for modules this adapter lacks: {result.unexpected_keys[:3]}.")
+    optimizer.load_state_dict(_unflatten(load_file(checkpoint / OPTIMIZER_NAME), state["optimizer"]))
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if scaler is not None and state["scaler"] is not None:
+        scaler.load_state_dict(state["scaler"])
+    return state["update"]
+
+
+def check_same_settings(checkpoint: Path, settings: dict) -> None:
+    """Refuse to continue a run under other settings than it was started with.
+
+    Raises:
+        UsageError: names every difference.
+    """
+    saved = json.loads((checkpoint / STATE_NAME).read_text())["settings"]
+    settings = json.loads(json.dumps(settings))
+    differences = [
+        f"{name} was {saved.get(name)!r} and is {settings.get(name)!r}"
+        for name in sorted(saved.keys() | settings.keys())
+        if saved.get(name) != settings.get(name)
+    ]
+    if differences:
+        raise UsageError(
+            f"{checkpoint} was made by other settings: {'; '.join(differences)}. Use the same settings to resume, "
+            "or another --output_dir for a new run."
+        )
+
+
+def _flatten(state_dict: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """An optimizer's state as tensors named `<parameter>.<name>`, and everything else as JSON values."""
+    tensors = {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, values in state_dict["state"].items()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+    values = {
+        "param_groups": state_dict["param_groups"],
+        "state": {
+            str(index): {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+            for index, values in state_dict["state"].items()
+        },
+    }
+    return tensors, values
+
+
+def _unflatten(tensors: dict[str, torch.Tensor], values: dict) -> dict:
+    state = {int(index): dict(entries) for index, entries in values["state"].items()}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state[int(index)][name] = tensor
+    return {"state": state, "param_groups": values["param_groups"]}

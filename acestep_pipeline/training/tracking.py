@@ -1,0 +1,98 @@
+"""What a run writes down: `metrics.jsonl`, `training_args.json`, and the facts that make it repeatable."""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from ..errors import UsageError
+from ..version import __version__
+
+METRICS_NAME = "metrics.jsonl"
+ARGS_NAME = "training_args.json"
+TRACKERS = ("tensorboard", "wandb", "trackio")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "soundfile", "soxr")
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line an optimizer update, flushed as it is written."""
+
+    def __init__(self, output_dir: Path, *, first_update: int) -> None:
+        """Open for appending after update `first_update`; lines of later updates, from a run that was cut off beyond
+        its last checkpoint, are dropped, since they are about to be repeated."""
+        path = Path(output_dir) / METRICS_NAME
+        kept = [line for line in read_metrics(path) if line["update"] <= first_update] if path.is_file() else []
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict) -> None:
+        """Append one update's values."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The complete lines of a metrics file; a half-written last line is left out."""
+    lines = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    temporary = path.with_name(f".partial-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_training_args(output_dir: Path, *, arguments: dict, facts: dict) -> None:
+    """Write `training_args.json`: every resolved argument, and facts about model, data, code and machine."""
+    content = {"arguments": arguments, **facts, **environment_facts()}
+    write_atomically(Path(output_dir) / ARGS_NAME, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def environment_facts() -> dict:
+    """Versions, platform and the git commit of this code (None outside a checkout)."""
+    return {
+        "ace_step_lora": __version__,
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "platform": platform.platform(),
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this code runs from, with `-dirty` if it has changes."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_trackers(report_to: str) -> None:
+    """Refuse an unknown tracker, or one that isn't installed; `none` is fine.
+
+    Raises:
+        UsageError: names the extra to install.
+    """
+    if report_to == "none":
+        return
+    if report_to not in TRACKERS:
+        raise UsageError(f"--report_to must be one of none, {', '.join(TRACKERS)}, not {report_to!r}.")
+    if importlib.util.find_spec(report_to) is None:
+        raise UsageError(f"--report_to {report_to} needs an extra: pip install 'ace-step-lora[{report_to}]'.")
