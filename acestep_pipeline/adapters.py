@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from .errors import UsageError
 
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 # The attention projections of every block, as diffusers names them: what the official trainer adapts.
 DEFAULT_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 # Spellings of the original files and of ACE-Step v1 -> diffusers' names.
@@ -54,7 +56,7 @@ def read_lora_config(path: Path) -> dict:
     """The fields that a LoRA JSON file sets, checked for names and types.
 
     Raises:
-        UsageError: the file is missing, is no JSON object, or has a field that `LoraSettings` lacks or of another type.
+        UsageError: the file is missing or no JSON object, or a field is unknown or of another type.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -149,11 +151,14 @@ def lora_state_dict(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def save_lora(transformer: torch.nn.Module, directory: Path) -> None:
     """Write `pytorch_lora_weights.safetensors` with the adapter metadata that keeps alpha when diffusers loads it."""
+    partial = f".partial-{LORA_WEIGHTS_NAME}"
     AceStepPipeline.save_lora_weights(
         directory,
         transformer_lora_layers=lora_state_dict(transformer),
+        weight_name=partial,
         **_collate_lora_metadata({"transformer": transformer}),
     )
+    os.replace(Path(directory) / partial, Path(directory) / LORA_WEIGHTS_NAME)
 
 
 def describe(settings: LoraSettings) -> dict:

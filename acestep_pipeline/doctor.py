@@ -177,7 +177,7 @@ def _check_hub_token() -> tuple[str, ...]:
 
     if get_token():
         return "ok", "present (not shown)"
-    return "ok", "none: enough for public models; --push_to_hub and private ones need `hf auth login`"
+    return "ok", "none: enough for public models; private ones need `hf auth login`"
 
 
 def _start_hub_probe() -> Callable[[], str] | None:

@@ -151,7 +151,7 @@ def check_device() -> tuple[str, ...]:
             described = describe_device(torch.device("cuda", index))
             gpus.append(f"cuda:{index} {described} ({free / GIB:.1f} GiB free)")
         if least_free < 8 * GIB:
-            fix = "close what else uses it (`nvidia-smi` shows it), or use --gradient_checkpointing and --offload"
+            fix = "close what else uses it (`nvidia-smi` shows it), or use --gradient_checkpointing"
             return "warning", "; ".join(gpus) + ": less than 8 GiB is free", fix
         return "ok", "; ".join(gpus)
     if nvidia_gpu_present():

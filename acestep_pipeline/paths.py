@@ -12,13 +12,46 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .errors import UsageError
+
 HUB_CHECKPOINT = "ACE-Step/acestep-v15-base"
+DATA_FOLDERS = ("/data", "./data")
 GIB = 1024**3
 
 
 def cache_dir() -> Path:
     """The project's cache directory: `ACESTEP_CACHE_DIR`, else `~/.cache/acestep-lora`. It may not exist yet."""
     return Path(os.environ.get("ACESTEP_CACHE_DIR") or "~/.cache/acestep-lora").expanduser()
+
+
+def default_model(chosen: str | None = None) -> tuple[str, str]:
+    """The checkpoint to use and where that was said: the flag, `ACESTEP_MODEL`, `/model`, else the Hub's base."""
+    if chosen:
+        return chosen, "--pretrained_model_name_or_path"
+    if os.environ.get("ACESTEP_MODEL"):
+        return os.environ["ACESTEP_MODEL"], "ACESTEP_MODEL"
+    if Path("/model").is_dir():
+        return "/model", "the default folder"
+    return HUB_CHECKPOINT, "the published base checkpoint"
+
+
+def default_data(chosen: str | None = None) -> tuple[str, str]:
+    """The training data and where that was said: the flag, `ACESTEP_DATA`, `/data`, else `./data`.
+
+    Raises:
+        UsageError: nothing was named and neither default folder exists.
+    """
+    if chosen:
+        return chosen, "--train_data_dir"
+    if os.environ.get("ACESTEP_DATA"):
+        return os.environ["ACESTEP_DATA"], "ACESTEP_DATA"
+    for folder in DATA_FOLDERS:
+        if Path(folder).is_dir():
+            return folder, "the default folder"
+    raise UsageError(
+        f"no training data: --train_data_dir and ACESTEP_DATA are not set, and there is no {' and no '.join(DATA_FOLDERS)}; "
+        "name a folder of audio with --train_data_dir."
+    )
 
 
 def free_space_bytes(directory: Path) -> int:
@@ -80,37 +113,36 @@ def check_shared_memory() -> tuple[str, ...]:
 def check_model(model: str | None) -> tuple[str, ...]:
     from huggingface_hub import constants
 
-    chosen = model or os.environ.get("ACESTEP_MODEL") or ("/model" if Path("/model").is_dir() else HUB_CHECKPOINT)
-    source = "" if model else " (from ACESTEP_MODEL)" if os.environ.get("ACESTEP_MODEL") else " (the default)"
+    chosen, source = default_model(model)
+    shown = f"{without_secrets(chosen)} ({source})"
     if chosen == "tiny":
-        return "ok", f"tiny{source}: built from a seed, without a download"
+        return "ok", f"{shown}: built from a seed, without a download"
     if "://" in chosen:
-        return "ok", f"{without_secrets(chosen)}{source}: not looked at"
+        return "ok", f"{shown}: not looked at"
     if Path(chosen).expanduser().exists():
-        return "ok", f"{chosen}{source} exists"
+        return "ok", f"{shown} exists"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", chosen):
-        fix = "correct the path, or name a Hub id (owner/name) or `tiny`"
-        return "error", f"{chosen}{source} doesn't exist", fix
+        return "error", f"{shown} doesn't exist", "correct the path, or name a Hub id (owner/name) or `tiny`"
     if Path(constants.HF_HUB_CACHE, f"models--{chosen.replace('/', '--')}").is_dir():
-        return "ok", f"{chosen}{source} is in the Hugging Face cache"
+        return "ok", f"{shown} is in the Hugging Face cache"
     if constants.HF_HUB_OFFLINE:
         fix = "download it while online (`hf download`), or train `tiny` or a local folder"
-        return "warning", f"{chosen}{source} isn't cached, and HF_HUB_OFFLINE is set", fix
-    return "ok", f"{chosen}{source} comes from the Hub at first use"
+        return "warning", f"{shown} isn't cached, and HF_HUB_OFFLINE is set", fix
+    return "ok", f"{shown} comes from the Hub at first use"
 
 
 def check_data(data: str | None) -> tuple[str, ...]:
-    chosen = data or os.environ.get("ACESTEP_DATA")
-    source = "" if data else " (from ACESTEP_DATA)" if chosen else " (the default)"
-    if chosen is None:
-        chosen = "/data" if Path("/data").is_dir() else "./data"
-    if "://" in chosen:
-        return "ok", f"{without_secrets(chosen)}{source}: not looked at"
-    if Path(chosen).expanduser().exists():
-        return "ok", f"{chosen}{source} exists"
-    status = "warning" if source == " (the default)" else "error"
     fix = "give --train_data_dir a folder of audio files or a prepared dataset, or --dataset_name a Hub id"
-    return status, f"{chosen}{source} doesn't exist", fix
+    try:
+        chosen, source = default_data(data)
+    except UsageError:
+        return "warning", f"there is no {' and no '.join(DATA_FOLDERS)}, and ACESTEP_DATA is not set", fix
+    shown = f"{without_secrets(chosen)} ({source})"
+    if "://" in chosen:
+        return "ok", f"{shown}: not looked at"
+    if Path(chosen).expanduser().exists():
+        return "ok", f"{shown} exists"
+    return "error", f"{shown} doesn't exist", fix
 
 
 def without_secrets(address: str) -> str:

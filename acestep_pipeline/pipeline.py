@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .adapters import LORA_WEIGHTS_NAME
 from .checkpoint_conversion import (
     TEXT_ENCODER_DIR,
     VAE_DIR,
@@ -30,11 +31,10 @@ from .tiny_checkpoint import TINY_NAME, tiny_checkpoint_path
 
 # The repository that holds the VAE and the text encoder which every 2 B variant shares.
 SHARED_COMPONENTS_REPO = "ACE-Step/Ace-Step1.5"
-LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 # Encoding in tiles of 10 s: on a CPU larger tiles fall out of the cache, on a GPU they only cost memory. An Oobleck
-# encoder frame depends on less than 0.3 s of audio to either side (3 residual units with dilations 1, 3, 9 and kernel 7
-# at strides 1, 2, 8, 32, 192), so 12 frames of overlap make the tiles equal to one pass up to rounding.
+# encoder frame depends on less than 0.3 s of audio to either side (3 residual units with dilations 1, 3, 9 and
+# kernel 7 at strides 1, 2, 8, 32, 192), so 12 frames of overlap make the tiles equal to one pass up to rounding.
 ENCODE_TILE_FRAMES = 250
 ENCODE_OVERLAP_FRAMES = 12
 
@@ -60,7 +60,7 @@ def prepend_timbre_special_token(condition_encoder: torch.nn.Module) -> None:
 class ACEStepPipeline(AceStepPipeline):
     """`diffusers.AceStepPipeline` plus the original checkpoint layout, tiled audio coding and XL's timbre token.
 
-    Everything else (`__call__`, `set_adapters`, `disable_lora`, `enable_lora`, `unload_lora_weights`, …) is diffusers'.
+    Everything else (`__call__`, `set_adapters`, `disable_lora`, `unload_lora_weights`, …) is diffusers'.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ def resolve_checkpoint(
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise UsageError(
-            f"the Hub has no model {name!r}{at} that you can see; check the name, and `hf auth login` if it is private."
+            f"the Hub has no model {name!r}{at} that you can see; check the name (private: `hf auth login`)."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
         raise UsageError(
@@ -247,9 +247,7 @@ def _resolve_hub(
         folder = snapshot(name, weights + shared, revision)
         if is_dit_folder(folder) and not (folder / VAE_DIR).is_dir():
             companions = snapshot(SHARED_COMPONENTS_REPO, shared)
-            return OriginalCheckpoint(
-                dit=folder, vae=companions / VAE_DIR, text_encoder=companions / TEXT_ENCODER_DIR
-            )
+            return OriginalCheckpoint(dit=folder, vae=companions / VAE_DIR, text_encoder=companions / TEXT_ENCODER_DIR)
         return locate_original(snapshot(name, None, revision) if not is_dit_folder(folder) else folder, None)
     folder = snapshot(name, [f"{variant_dir}/*", *shared], revision)
     if is_dit_folder(folder / variant_dir):

@@ -27,10 +27,15 @@ class MicroBatch:
     weight: float = 1.0
 
 
+def keyed_seed(*key: Hashable) -> int:
+    """A 63-bit seed that depends on `key` alone."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def keyed_generator(*key: Hashable) -> torch.Generator:
     """A CPU generator whose state depends on `key` alone."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(keyed_seed(*key))
 
 
 def updates_per_epoch(num_items: int, items_per_update: int) -> int:
@@ -118,9 +123,7 @@ class MicroBatchDataset(Dataset):
 
     def _draw(self, track: CachedTrack, generator: torch.Generator) -> dict[str, torch.Tensor]:
         start = int(torch.randint(track.num_frames - track.crop_frames + 1, (), generator=generator))
-        posterior = {
-            name: tensor[start : start + track.crop_frames] for name, tensor in load_latents(track).items()
-        }
+        posterior = {name: tensor[start : start + track.crop_frames] for name, tensor in load_latents(track).items()}
         sample = torch.randn(posterior["mean"].shape, generator=generator)
         noise = torch.randn(posterior["mean"].shape, generator=generator)
         sigma = sample_timesteps(1, mu=self.settings.mu, sigma=self.settings.sigma, generator=generator)[0]

@@ -1,0 +1,177 @@
+"""The `acestep-lora` command. Each subcommand imports what it needs when it runs, so that `--help` is quick."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import doctor
+from .errors import UsageError, one_sentence_errors
+from .version import __version__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands; each sets `run`, a function from arguments to an exit status."""
+    parser = argparse.ArgumentParser(
+        prog="acestep-lora", description="Prepare, use and check ACE-Step 1.5 LoRAs.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"acestep-lora {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = _command(commands, "generate", "make music, with an adapter or without", _generate)
+    _add_model_arguments(command)
+    command.add_argument("--prompt", required=True, help="tags or a description")
+    command.add_argument("--lyrics", type=Path, help="text file of lyrics; unset: [Instrumental]")
+    command.add_argument("--vocal_language", default="unknown", help="language code of the lyrics (default: unknown)")
+    command.add_argument("--duration", type=float, default=30.0, help="seconds, 10 to 600 (default: 30)")
+    command.add_argument("--bpm", type=int, help="beats per minute")
+    command.add_argument("--keyscale", help="key, such as 'C minor'")
+    command.add_argument("--timesignature", choices=("2", "3", "4", "6"), help="beats in a bar")
+    command.add_argument("--adapter", help="adapter directory, file or Hub id; DIR:0.8 scales it")
+    command.add_argument(
+        "--compare", action="store_true", help="write the same prompt and seed without the adapter too"
+    )
+    command.add_argument("--seed", type=int, default=0, help="same seed: same noise (default: 0)")
+    command.add_argument("--num_inference_steps", type=int, help="denoising steps (default: 50, turbo 8)")
+    command.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: 7, turbo none)")
+    command.add_argument("--shift", type=float, help="timestep shift (default: 1, turbo 3)")
+    command.add_argument("--output", type=Path, default=Path("out.wav"), help="wav, flac, ogg, opus or mp3 (out.wav)")
+
+    command = _command(commands, "cache", "encode a folder of music now, for a training later", _cache)
+    _add_model_arguments(command)
+    command.add_argument("--train_data_dir", help="folder of audio; unset: $ACESTEP_DATA, else /data, else ./data")
+    command.add_argument("--max_duration_s", type=float, default=240.0, help="as in training (default: 240)")
+    command.add_argument("--min_duration_s", type=float, default=10.0, help="as in training (default: 10)")
+    command.add_argument("--latent_cache_dir", type=Path, help="unset: latents in the project's cache folder")
+
+    command = _command(commands, "tiny-checkpoint", "write the embedded toy checkpoint to a folder", _tiny_checkpoint)
+    command.add_argument("directory", type=Path, help="a new folder")
+
+    command = _command(commands, "doctor", "check this machine and say how to fix what is wrong", doctor.run)
+    doctor.add_arguments(command)
+    return parser
+
+
+def _command(commands, name: str, description: str, run) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_model_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--pretrained_model_name_or_path",
+        help="tiny, a folder or a Hub id; unset: $ACESTEP_MODEL, else /model, else the published base checkpoint",
+    )
+    command.add_argument("--variant_dir", help="which DiT of an original-layout checkpoint, e.g. acestep-v15-base")
+    command.add_argument("--revision", help="branch, tag or commit on the Hub")
+    command.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16", help="bf16 where it is fast")
+
+
+def _load_pipeline(args: argparse.Namespace):
+    """The pipeline on this machine's device; the VAE in float32, as in training."""
+    import torch
+
+    from .hardware import bf16_is_fast, default_device
+    from .paths import default_model
+    from .pipeline import ACEStepPipeline
+
+    device = default_device()
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" and bf16_is_fast(device) else torch.float32
+    name, said = default_model(args.pretrained_model_name_or_path)
+    print(f"Model: {name} ({said}), {dtype} on {device}", flush=True)
+    return ACEStepPipeline.from_pretrained(
+        name, variant_dir=args.variant_dir, revision=args.revision, torch_dtype=dtype, vae_dtype=torch.float32
+    ).to(device)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from .conditioning import INSTRUMENTAL, PromptFields
+    from .data.audio import AUDIO_SUFFIXES, write_audio
+    from .generation import SamplingSettings, generate
+
+    if args.output.suffix.lower() not in AUDIO_SUFFIXES:
+        raise UsageError(f"--output {args.output}: the ending must be one of {', '.join(sorted(AUDIO_SUFFIXES))}.")
+    if not 1 <= args.duration <= 600:
+        raise UsageError(f"--duration must be between 1 and 600 seconds, not {args.duration:g}.")
+    if args.compare and not args.adapter:
+        raise UsageError("--compare needs --adapter: without one there is nothing to compare.")
+    for name in ("num_inference_steps", "shift", "bpm"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise UsageError(f"--{name} must be positive, not {getattr(args, name)}.")
+    lyrics = INSTRUMENTAL
+    if args.lyrics is not None:
+        try:
+            lyrics = args.lyrics.read_text(encoding="utf-8-sig").strip() or INSTRUMENTAL
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--lyrics {args.lyrics} can't be read as UTF-8 text: {error}.") from error
+    adapter, scale = _split_scale(args.adapter) if args.adapter else (None, 1.0)
+    pipeline = _load_pipeline(args)
+    if adapter:
+        pipeline.load_lora_weights(adapter, adapter_name="adapter")
+        pipeline.set_adapters(["adapter"], [scale])
+    fields = PromptFields(
+        prompt=args.prompt,
+        lyrics=lyrics,
+        vocal_language=args.vocal_language,
+        bpm=args.bpm,
+        keyscale=args.keyscale,
+        timesignature=args.timesignature,
+        audio_duration=args.duration,
+    )
+    sampling = SamplingSettings(args.num_inference_steps, args.guidance_scale, args.shift, args.seed)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_audio(args.output, generate(pipeline, fields, sampling), sample_rate=pipeline.sample_rate)
+    print(f"Wrote {args.output}")
+    if args.compare:
+        pipeline.disable_lora()
+        without = args.output.with_name(f"{args.output.stem}_without_adapter{args.output.suffix}")
+        write_audio(without, generate(pipeline, fields, sampling), sample_rate=pipeline.sample_rate)
+        print(f"Wrote {without}")
+    return 0
+
+
+def _split_scale(adapter: str) -> tuple[str, float]:
+    """`DIR:0.8` -> (`DIR`, 0.8); without a number at the end the scale is 1."""
+    name, colon, scale = adapter.rpartition(":")
+    try:
+        return (name, float(scale)) if colon else (adapter, 1.0)
+    except ValueError:
+        return adapter, 1.0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    from .data.latent_cache import LatentCache, prepare_tracks
+    from .data.tracks import describe_problems, load_tracks
+    from .paths import cache_dir, default_data
+
+    data, said = default_data(args.train_data_dir)
+    print(f"Data: {data} ({said})", flush=True)
+    tracks, problems = load_tracks(data, min_duration_s=args.min_duration_s)
+    pipeline = _load_pipeline(args)
+    cache = LatentCache(args.latent_cache_dir or cache_dir() / "latents", pipeline)
+    cached, found = prepare_tracks(cache, tracks, max_duration_s=args.max_duration_s)
+    problems += found
+    if problems:
+        print("\n".join(describe_problems(problems)))
+    minutes = sum(entry.num_frames for entry in cached) / pipeline.latents_per_second / 60
+    print(f"{len(cached)} tracks, {minutes:.1f} min, are cached in {cache.latents_dir.parent}")
+    return 0 if cached else 2
+
+
+def _tiny_checkpoint(args: argparse.Namespace) -> int:
+    from .tiny_checkpoint import size_bytes, write_tiny_checkpoint
+
+    directory = write_tiny_checkpoint(args.directory)
+    print(
+        f"Wrote {directory} ({size_bytes(directory) / 1e6:.1f} MB, random weights: for trying things, not for music)"
+    )
+    print(f"Next: accelerate launch train_ace_step_lora.py --preset smoke --pretrained_model_name_or_path {directory}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: exit status 0 done, 1 the work failed, 2 wrong usage or input."""
+    args = build_parser().parse_args(argv)
+    with one_sentence_errors(debug=args.debug):
+        sys.exit(args.run(args))

@@ -1,0 +1,122 @@
+"""The adapter's model card: what it was trained on and how, what it sounds like, and how to use it."""
+
+from pathlib import Path
+
+import matplotlib
+from huggingface_hub import ModelCard, ModelCardData
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  the backend is chosen first: there may be no screen
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A LoRA for [ACE-Step 1.5]({{ base_link }}), trained with ACE-Step LoRA {{ version }}.
+{% if samples %}
+## Listen
+
+Same prompt, same seed, same noise; only the adapter differs.
+
+| prompt | with the adapter | without |
+|---|---|---|
+{% for sample in samples -%}
+| {{ sample.prompt }} | <audio controls src="{{ sample.with_adapter }}"></audio> [wav]({{ sample.with_adapter }}) \
+| <audio controls src="{{ sample.without_adapter }}"></audio> [wav]({{ sample.without_adapter }}) |
+{% endfor %}{% endif %}
+## Use
+
+```python
+import torch
+from diffusers import AceStepPipeline
+
+pipe = AceStepPipeline.from_pretrained("a diffusers-layout ACE-Step 1.5 checkpoint", torch_dtype=torch.bfloat16)
+pipe.load_lora_weights("this folder or repository")
+audio = pipe({{ prompt }}, audio_duration=60).audios
+```
+
+`acestep_pipeline.ACEStepPipeline` takes the original checkpoint layout as well:
+`acestep-lora generate --adapter DIR --prompt "..." --output out.wav`.
+
+## Training
+
+| | |
+|---|---|
+{% for row in rows -%}
+| {{ row[0] }} | {{ row[1] }} |
+{% endfor %}
+{% if plot %}![training loss]({{ plot }})
+
+The loss of one update depends mostly on the timesteps it drew: look at the smoothed line.
+{% endif %}
+Every argument, version and hash is in `training_args.json`; the values of each update are in `metrics.jsonl`.
+"""
+
+
+def plot_loss(metrics: list[dict], path: Path) -> None:
+    """Draw loss (raw and smoothed over a tenth of the run) and learning rate by update."""
+    updates = [line["update"] for line in metrics]
+    losses = [line["loss"] for line in metrics]
+    window = max(1, len(losses) // 10)
+    smoothed = [
+        sum(losses[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(losses))
+    ]
+    figure, axis = pyplot.subplots(figsize=(8, 4), dpi=110)
+    axis.plot(updates, losses, color="tab:blue", alpha=0.3, linewidth=1, label="loss")
+    axis.plot(updates, smoothed, color="tab:blue", linewidth=2, label=f"mean of {window} updates")
+    axis.set_xlabel("optimizer update")
+    axis.set_ylabel("flow-matching loss")
+    rate = axis.twinx()
+    rate.plot(updates, [line["lr"] for line in metrics], color="tab:gray", linewidth=1, linestyle="--")
+    rate.set_ylabel("learning rate", color="tab:gray")
+    rate.set_ylim(bottom=0)
+    axis.legend(loc="upper right")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def write_model_card(
+    path: Path,
+    *,
+    name: str,
+    version: str,
+    base_model: str,
+    rows: list[tuple[str, str]],
+    samples: list[dict[str, str]],
+    plot: str | None,
+    prompt: str,
+) -> None:
+    """Write the card.
+
+    Args:
+        path: the README.md to write.
+        name: title.
+        version: of this package.
+        base_model: what was adapted; a Hub id becomes the card's `base_model`.
+        rows: facts about the training, as (what, value).
+        samples: `prompt`, `with_adapter`, `without_adapter` (relative paths) of each pair.
+        plot: relative path of the loss plot.
+        prompt: the example prompt.
+    """
+    on_hub = base_model.count("/") == 1 and not base_model.startswith(("/", "."))
+    data = ModelCardData(
+        base_model=base_model if on_hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-audio",
+        tags=["ace-step", "ace-step-1.5", "lora", "music", "text-to-music", "diffusers"],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=name,
+        version=version,
+        base_link=f"https://huggingface.co/{base_model}" if on_hub else "https://huggingface.co/ACE-Step",
+        rows=rows,
+        samples=[{**sample, "prompt": sample["prompt"].replace("|", "\\|").replace("\n", " ")} for sample in samples],
+        plot=plot,
+        prompt=repr(prompt),
+    )
+    card.save(path)

@@ -1,0 +1,43 @@
+"""Hearing what was learned: the same prompts with and without the adapter, from files, as a user would load them."""
+
+import dataclasses
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..conditioning import PromptFields
+from ..generation import SamplingSettings, write_comparison
+from ..pipeline import ACEStepPipeline
+
+
+def choose_prompts(
+    trained_on: list[PromptFields], *, prompt: str | None, num_samples: int, duration_s: float
+) -> list[PromptFields]:
+    """The prompts to listen to: the user's one with several seeds, else those of the first distinct tracks."""
+    if prompt is not None:
+        return [PromptFields(prompt=prompt, audio_duration=duration_s)] * num_samples
+    distinct = list(dict.fromkeys(dataclasses.replace(fields, audio_duration=duration_s) for fields in trained_on))
+    return [distinct[index % len(distinct)] for index in range(num_samples)]
+
+
+def write_samples(
+    pipeline: ACEStepPipeline,
+    prompts: list[PromptFields],
+    *,
+    num_inference_steps: int | None,
+    seed: int,
+    directory: Path,
+) -> list[dict[str, str]]:
+    """Generate each prompt with and without the loaded adapter into `directory`.
+
+    Returns:
+        For each: `prompt`, and the paths `with_adapter` and `without_adapter` relative to `directory`'s parent.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    samples = []
+    for index, fields in enumerate(tqdm(prompts, desc="Generating with and without the adapter", unit="prompt")):
+        sampling = SamplingSettings(num_inference_steps=num_inference_steps, seed=seed + index)
+        files = write_comparison(pipeline, fields, sampling, directory, name=f"sample-{index}")
+        with_adapter, without_adapter = (file.relative_to(directory.parent).as_posix() for file in files)
+        samples.append({"prompt": fields.prompt, "with_adapter": with_adapter, "without_adapter": without_adapter})
+    return samples
