@@ -10,180 +10,13 @@ import argparse
 import contextlib
 import gc
 import math
-import os
 import shlex
 import sys
 import time
-from pathlib import Path
 
 from acestep_pipeline.errors import RunError, UsageError, one_sentence_errors
-from acestep_pipeline.paths import cache_dir, default_data, default_model
-from acestep_pipeline.presets import load_preset, preset_names
-
-# What makes a run the run it is: resuming under another value of any of these is refused.
-RESUME_SETTINGS = (
-    "rank", "lora_alpha", "lora_dropout", "lora_layers", "use_rslora", "use_dora", "cfg_dropout", "timestep_mu",
-    "timestep_sigma", "seed", "train_batch_size", "gradient_accumulation_steps", "num_updates", "learning_rate",
-    "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay",
-    "adam_epsilon", "max_grad_norm", "mixed_precision", "max_duration_s",
-)  # fmt: skip
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Shows the defaults that say something."""
-
-    def _get_help_string(self, action):
-        says_something = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
-        return f"{action.help} (default: %(default)s)" if says_something else action.help
-
-
-def parse_args(input_args=None) -> argparse.Namespace:
-    """The command line; a preset and a LoRA config set defaults, so that a flag always wins."""
-    # fmt: off
-    p = argparse.ArgumentParser(
-        description="Train a LoRA for ACE-Step 1.5. Start with --preset smoke to see that everything works here, then "
-        "--preset c. Defaults below are without a preset.", formatter_class=HelpFormatter, allow_abbrev=False)
-    p.add_argument("--preset", choices=preset_names(), help="set of defaults: c (the reference recipe), loo (leave-one-out), smoke (five updates)")
-    p.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-    g = p.add_argument_group("model")
-    g.add_argument("--pretrained_model_name_or_path", help="tiny, a folder (diffusers or original layout) or a Hub id; unset: $ACESTEP_MODEL, else /model, else the published base checkpoint")
-    g.add_argument("--variant_dir", help="which DiT of an original-layout checkpoint, e.g. acestep-v15-base")
-    g.add_argument("--revision", help="branch, tag or commit on the Hub")
-    g.add_argument("--cache_dir", help="where the Hub's downloads are kept")
-    g = p.add_argument_group("data")
-    g.add_argument("--train_data_dir", help="folder of audio with sidecars, or a datasets directory; unset: $ACESTEP_DATA, else /data, else ./data")
-    g.add_argument("--dataset_name", help="instead of a folder, a dataset on the Hub")
-    g.add_argument("--max_train_samples", type=int, help="use only the first N tracks")
-    g.add_argument("--min_duration_s", type=float, default=10.0, help="skip shorter tracks (the model makes 10 to 600 s)")
-    g.add_argument("--max_duration_s", type=float, default=240.0, help="train on crops of at most this, at a new random place each time")
-    g.add_argument("--strict", action=argparse.BooleanOptionalAction, default=False, help="stop if any track has to be skipped")
-    g.add_argument("--latent_cache_dir", type=Path, help="where latents and conditions are kept for the next run; unset: latents in $ACESTEP_CACHE_DIR or ~/.cache/acestep-lora")
-    g.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read the cache")
-    g = p.add_argument_group("adapter")
-    g.add_argument("--lora_config", help="JSON file with r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora; unset: $LORA_CONFIG")
-    g.add_argument("--rank", type=int, default=64, help="rank of the update")
-    g.add_argument("--lora_alpha", type=float, default=128.0, help="the update is scaled by alpha / rank")
-    g.add_argument("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
-    g.add_argument("--lora_layers", default="to_q,to_k,to_v,to_out.0", help="target modules, comma-separated; q_proj or linear_q spellings work too")
-    g.add_argument("--use_rslora", action=argparse.BooleanOptionalAction, default=False, help="scale by alpha / sqrt(rank)")
-    g.add_argument("--use_dora", action=argparse.BooleanOptionalAction, default=False, help="weight-decomposed LoRA")
-    g = p.add_argument_group("objective")
-    g.add_argument("--cfg_dropout", type=float, help="probability of training an item without its condition; unset: 0.15 for base and sft, 0 for turbo")
-    g.add_argument("--timestep_mu", type=float, help="mean of the timestep's normal, in logits; unset: the checkpoint's, else -0.4")
-    g.add_argument("--timestep_sigma", type=float, help="its standard deviation; unset: the checkpoint's, else 1.0")
-    g = p.add_argument_group("training")
-    g.add_argument("--seed", type=int, default=42, help="same seed, data and hardware: same adapter")
-    g.add_argument("--train_batch_size", type=int, default=1, help="items in one forward pass (of equal length) on each process")
-    g.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes in one optimizer update")
-    g.add_argument("--num_train_epochs", type=int, default=100, help="passes over the tracks")
-    g.add_argument("--max_train_steps", type=int, help="optimizer updates; overrides the epochs")
-    g.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate")
-    g.add_argument("--lr_scheduler", default="constant_with_warmup", help="linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup")
-    g.add_argument("--lr_warmup_steps", type=int, help="updates of linear warm-up; unset: 5%% of all, at most 100")
-    g.add_argument("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
-    g.add_argument("--lr_power", type=float, default=1.0, help="power of polynomial")
-    g.add_argument("--adam_beta1", type=float, default=0.9, help="decay of the gradient's mean")
-    g.add_argument("--adam_beta2", type=float, default=0.999, help="decay of its square's mean")
-    g.add_argument("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
-    g.add_argument("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
-    g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this")
-    g.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="bf16", help="bf16 becomes fp32 where the hardware would be slower with it")
-    g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="less memory, about a third slower")
-    g.add_argument("--allow_tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on CUDA")
-    g = p.add_argument_group("output")
-    g.add_argument("--output_dir", help="where the adapter goes; unset: output/<exp_name>")
-    g.add_argument("--exp_name", help="unset: <preset>-<data folder>")
-    g.add_argument("--overwrite_output_dir", action=argparse.BooleanOptionalAction, default=False, help="start over in a directory that holds a run")
-    g.add_argument("--checkpointing_steps", "--every_n_train_steps", type=int, default=500, help="a checkpoint every N updates, and one at the end")
-    g.add_argument("--checkpoints_total_limit", type=int, default=3, help="keep only the newest N checkpoints")
-    g.add_argument("--resume_from_checkpoint", help="latest, or a checkpoint folder")
-    g.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio, or none; metrics.jsonl is always written")
-    g.add_argument("--logging_dir", default="logs", help="the tracker's folder, inside the output directory")
-    g.add_argument("--num_validation_samples", type=int, default=1, help="clips generated with and without the adapter at the end; 0: none")
-    g.add_argument("--validation_prompt", help="their prompt; unset: the tags, lyrics and key of the first tracks")
-    g.add_argument("--validation_duration_s", type=float, default=30.0, help="their length")
-    g.add_argument("--validation_inference_steps", type=int, help="their denoising steps; unset: 50, turbo 8")
-    # fmt: on
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset")
-    early.add_argument("--lora_config")
-    chosen, _ = early.parse_known_args(input_args)
-    if chosen.preset in preset_names():
-        p.set_defaults(**load_preset(chosen.preset))
-    lora_config = chosen.lora_config or os.environ.get("LORA_CONFIG")
-    if lora_config:
-        from acestep_pipeline.adapters import read_lora_config
-
-        names = {"r": "rank", "target_modules": "lora_layers"}
-        values = read_lora_config(Path(lora_config))
-        p.set_defaults(lora_config=lora_config, **{names.get(name, name): value for name, value in values.items()})
-    return p.parse_args(input_args)
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse values that can't work, before anything is loaded."""
-    from acestep_pipeline.training.optimization import LR_SCHEDULERS
-    from acestep_pipeline.training.tracking import check_trackers
-
-    positive = ("rank", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
-                "max_train_samples", "learning_rate", "max_grad_norm", "checkpointing_steps", "checkpoints_total_limit",
-                "timestep_sigma", "validation_duration_s", "validation_inference_steps", "lr_num_cycles")  # fmt: skip
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name} must be positive, not {value}.")
-    for name in ("lr_warmup_steps", "num_validation_samples", "dataloader_num_workers", "min_duration_s"):
-        value = getattr(args, name)
-        if value is not None and value < 0:
-            raise UsageError(f"--{name} must not be negative, not {value}.")
-    if args.cfg_dropout is not None and not 0 <= args.cfg_dropout <= 1:
-        raise UsageError(f"--cfg_dropout must be in [0, 1], not {args.cfg_dropout}.")
-    if not 2 <= args.max_duration_s <= 600:
-        raise UsageError(f"--max_duration_s must be in [2, 600], the model's range, not {args.max_duration_s}.")
-    if args.lr_scheduler not in LR_SCHEDULERS:
-        raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler!r}.")
-    check_trackers(args.report_to)
-
-
-def choose_sources(args: argparse.Namespace) -> dict[str, str]:
-    """Fill in model, data and output where they were not named; returns what was chosen and why, for printing."""
-    args.pretrained_model_name_or_path, model_from = default_model(args.pretrained_model_name_or_path)
-    data = args.dataset_name
-    data_from = "--dataset_name"
-    if data is None:
-        args.train_data_dir, data_from = default_data(args.train_data_dir)
-        data = args.train_data_dir
-    if args.exp_name is None:
-        args.exp_name = "-".join(filter(None, (args.preset, Path(data).resolve().name)))
-    output_from = "--output_dir" if args.output_dir else f"from {'--exp_name' if args.exp_name else 'the preset'}"
-    args.output_dir = Path(args.output_dir).expanduser() if args.output_dir else Path("output") / args.exp_name
-    return {
-        "Preset": args.preset or "none",
-        "Model": f"{args.pretrained_model_name_or_path}  ({model_from})",
-        "Data": f"{data}  ({data_from})",
-        "Output": f"{args.output_dir}  ({output_from})",
-    }
-
-
-def usable_precision(wanted: str, device) -> str:
-    """`wanted`, or `no` (fp32) for bf16 where the hardware would be slower with it."""
-    from acestep_pipeline.hardware import bf16_is_fast
-
-    if wanted == "fp16" and device.type != "cuda":
-        raise UsageError(f"--mixed_precision fp16 needs a CUDA device, and this is {device.type}; use bf16 or no.")
-    return "no" if wanted == "bf16" and not bf16_is_fast(device) else wanted
-
-
-def fill_model_defaults(args: argparse.Namespace, config, *, is_turbo: bool) -> None:
-    """What depends on the checkpoint: turbo is distilled and never runs guidance, so it needs no condition dropout."""
-    from acestep_pipeline.flow_matching import TIMESTEP_MU, TIMESTEP_SIGMA
-
-    if args.cfg_dropout is None:
-        args.cfg_dropout = 0.0 if is_turbo else 0.15
-    if args.timestep_mu is None:
-        args.timestep_mu = getattr(config, "timestep_mu", TIMESTEP_MU)
-    if args.timestep_sigma is None:
-        args.timestep_sigma = getattr(config, "timestep_sigma", TIMESTEP_SIGMA)
+from acestep_pipeline.paths import cache_dir
+from acestep_pipeline.training import arguments
 
 
 def report_problems(problems: list, *, strict: bool, say) -> None:
@@ -231,6 +64,7 @@ def tracker_config(args: argparse.Namespace) -> dict:
 def finish(args, cached: list, facts: dict, *, device, weight_dtype, training_s: float) -> None:
     """Load what was written as a user would, let it be heard, write the card, and say what to do next."""
     from acestep_pipeline import ACEStepPipeline, __version__
+    from acestep_pipeline.adapters import LORA_WEIGHTS_NAME
     from acestep_pipeline.model_card import plot_loss, write_model_card
     from acestep_pipeline.training.run_directory import CARD_NAME, PLOT_NAME, SAMPLES_DIR
     from acestep_pipeline.training.tracking import METRICS_NAME, read_metrics
@@ -261,45 +95,46 @@ def finish(args, cached: list, facts: dict, *, device, weight_dtype, training_s:
         )
     metrics = read_metrics(args.output_dir / METRICS_NAME)
     plot_loss(metrics, args.output_dir / PLOT_NAME)
+    batch = f"{args.gradient_accumulation_steps} × {args.train_batch_size} tracks a process"
+    schedule = f"{args.lr_scheduler}, {args.lr_warmup_steps} updates of warm-up"
     write_model_card(
         args.output_dir / CARD_NAME,
         name=args.exp_name,
         version=__version__,
         base_model=args.pretrained_model_name_or_path,
         rows=[
-            ("base", f"`{args.pretrained_model_name_or_path}` (SHA-256 of its DiT `{facts['model_sha256'][:16]}…`)"),
+            ("base", f"`{args.pretrained_model_name_or_path}` (SHA-256 of its DiT: `{facts['model_sha256'][:16]}…`)"),
             ("tracks", str(len(cached))),
             ("LoRA", f"rank {args.rank}, alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}"),
             ("targets", ", ".join(facts["lora"]["target_modules"])),
-            ("updates", f"{args.num_updates}, {args.gradient_accumulation_steps} × {args.train_batch_size} tracks a process"),
-            ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} updates of warm-up"),
+            ("updates", f"{args.num_updates} of {batch}"),
+            ("learning rate", f"{args.learning_rate:g}, {schedule}"),
             ("precision, seed", f"{args.mixed_precision}, {args.seed}"),
             ("time", f"{training_s:.0f} s"),
         ],
         samples=samples,
         plot=PLOT_NAME,
         prompt=cached[0].fields.prompt,
-    )  # fmt: skip
-    first, last = metrics[: max(1, len(metrics) // 10)], metrics[-max(1, len(metrics) // 10) :]
-    start, end = (sum(line["loss"] for line in lines) / len(lines) for lines in (first, last))
-    print(
-        f"\nTrained {args.num_updates} updates in {training_s:.0f} s; mean loss of the first tenth {start:.4f}, of the last {end:.4f}."
     )
-    print(f"  adapter        {args.output_dir}/pytorch_lora_weights.safetensors")
+    tenth = max(1, len(metrics) // 10)
+    start, end = (sum(line["loss"] for line in lines) / tenth for lines in (metrics[:tenth], metrics[-tenth:]))
+    model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    model += f" --variant_dir {args.variant_dir}" if args.variant_dir else ""
+    prompt = shlex.quote(cached[0].fields.prompt)
+    print(f"\nTrained {args.num_updates} updates in {training_s:.0f} s; ", end="")
+    print(f"mean loss of the first tenth {start:.4f}, of the last {end:.4f}.")
+    print(f"  adapter        {args.output_dir / LORA_WEIGHTS_NAME}")
     for sample in samples:
-        print(
-            f"  with adapter   {args.output_dir / sample['with_adapter']}\n  without        {args.output_dir / sample['without_adapter']}"
-        )
+        print(f"  with adapter   {args.output_dir / sample['with_adapter']}")
+        print(f"  without        {args.output_dir / sample['without_adapter']}")
     print(f"  model card     {args.output_dir / CARD_NAME}")
-    variant = f" --variant_dir {args.variant_dir}" if args.variant_dir else ""
-    print(f"Next: acestep-lora generate --pretrained_model_name_or_path {args.pretrained_model_name_or_path}{variant} "
-          f"--adapter {args.output_dir} --prompt {shlex.quote(cached[0].fields.prompt)} --output out.wav")  # fmt: skip
+    print(f"Next: acestep-lora generate {model} --adapter {args.output_dir} --prompt {prompt} --output out.wav")
 
 
 def train(args: argparse.Namespace) -> None:
     """The whole run: sources, cache, adapter, loop, adapter directory, samples."""
-    sources = choose_sources(args)
-    check_args(args)
+    sources = arguments.choose_sources(args)
+    arguments.check_args(args)
     from acestep_pipeline.training.run_directory import check_run_directory, clear_run
 
     resuming = args.resume_from_checkpoint is not None
@@ -309,7 +144,6 @@ def train(args: argparse.Namespace) -> None:
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
     from torch.utils.data import DataLoader
-    from tqdm import tqdm
 
     from acestep_pipeline import flow_matching
     from acestep_pipeline.adapters import LoraSettings, add_lora, describe, parse_targets, save_lora
@@ -325,11 +159,15 @@ def train(args: argparse.Namespace) -> None:
     from acestep_pipeline.data.tracks import dataset_fingerprint, load_tracks
     from acestep_pipeline.hardware import describe_device
     from acestep_pipeline.pipeline import ACEStepPipeline
+    from acestep_pipeline.progress import progress_bar
     from acestep_pipeline.training import checkpointing, optimization, tracking
 
     # ----------------------------------------------------------------------------------------------- accelerator
     device = PartialState().device
-    wanted_precision, args.mixed_precision = args.mixed_precision, usable_precision(args.mixed_precision, device)
+    wanted_precision, args.mixed_precision = (
+        args.mixed_precision,
+        arguments.usable_precision(args.mixed_precision, device),
+    )
     log_with = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -373,7 +211,7 @@ def train(args: argparse.Namespace) -> None:
         use_dora=args.use_dora,
     )
     model_hash = fingerprint(pipeline.transformer)
-    fill_model_defaults(args, pipeline.transformer.config, is_turbo=pipeline.is_turbo)
+    arguments.fill_model_defaults(args, pipeline.transformer.config, is_turbo=pipeline.is_turbo)
     lora_parameters = add_lora(
         pipeline.transformer, lora, seed=args.seed
     )  # before the cache: a wrong target fails now
@@ -417,7 +255,7 @@ def train(args: argparse.Namespace) -> None:
 
     # ----------------------------------------------------------------------------------------------------- resume
     facts = {"model_sha256": model_hash, "dataset_sha256": dataset_fingerprint(tracks), "lora": describe(lora)}
-    settings = {name: getattr(args, name) for name in RESUME_SETTINGS} | facts
+    settings = {name: getattr(args, name) for name in arguments.RESUME_SETTINGS} | facts
     settings |= {"num_processes": accelerator.num_processes, "tracks": [track.id for track in cached]}
     if args.lr_scheduler.startswith("constant"):
         settings["num_updates"] = None  # such a run may be made longer
@@ -448,14 +286,14 @@ def train(args: argparse.Namespace) -> None:
     # ------------------------------------------------------------------------------------------------------- loop
     minutes = sum(track.crop_frames for track in cached) / frames_per_second / 60
     say(
-        f"Training {sum(p.numel() for p in lora_parameters):,} parameters on {len(cached)} tracks ({minutes:.1f} min of "
-        f"crops): {num_updates} updates of {items_per_update} tracks, {per_epoch} an epoch."
+        f"Training {sum(p.numel() for p in lora_parameters):,} parameters on {len(cached)} tracks ({minutes:.1f} min "
+        f"of crops): {num_updates} updates of {items_per_update} tracks, {per_epoch} an epoch."
     )
     draw = DrawSettings(seed=args.seed, cfg_dropout=args.cfg_dropout, mu=args.timestep_mu, sigma=args.timestep_sigma)
     shapes = [(track.crop_frames, track.num_condition_tokens) for track in cached]
     channels = silence_latent.shape[-1]
     started = time.monotonic()
-    progress = tqdm(total=num_updates, initial=done, desc="Training", unit="update", disable=not main)
+    progress = progress_bar(total=num_updates, initial=done, desc="Training", unit="update", disable=not main)
     while done < num_updates:
         epoch = done // per_epoch
         plan = plan_epoch(
@@ -524,7 +362,7 @@ def train(args: argparse.Namespace) -> None:
             done += 1
 
             progress.update()
-            progress.set_postfix(loss=f"{update_loss:.4f}", lr=f"{line['lr']:.2e}")
+            progress.set_postfix(loss=f"{update_loss:.4f}", lr=f"{line['lr']:.2e}", refresh=False)
             if log_with:
                 accelerator.log(line, step=done)
             if main:
@@ -554,4 +392,4 @@ def train(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     with one_sentence_errors(debug="--debug" in sys.argv):
-        train(parse_args())
+        train(arguments.parse_args())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from diffusers.training_utils import _collate_lora_metadata, cast_training_param
 from peft import LoraConfig, get_peft_model_state_dict
 
 from .errors import UsageError
+from .files import write_atomically
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 # The attention projections of every block, as diffusers names them: what the official trainer adapts.
@@ -151,14 +151,15 @@ def lora_state_dict(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def save_lora(transformer: torch.nn.Module, directory: Path) -> None:
     """Write `pytorch_lora_weights.safetensors` with the adapter metadata that keeps alpha when diffusers loads it."""
-    partial = f".partial-{LORA_WEIGHTS_NAME}"
-    AceStepPipeline.save_lora_weights(
-        directory,
-        transformer_lora_layers=lora_state_dict(transformer),
-        weight_name=partial,
-        **_collate_lora_metadata({"transformer": transformer}),
+    write_atomically(
+        Path(directory) / LORA_WEIGHTS_NAME,
+        lambda temporary: AceStepPipeline.save_lora_weights(
+            temporary.parent,
+            weight_name=temporary.name,
+            transformer_lora_layers=lora_state_dict(transformer),
+            **_collate_lora_metadata({"transformer": transformer}),
+        ),
     )
-    os.replace(Path(directory) / partial, Path(directory) / LORA_WEIGHTS_NAME)
 
 
 def describe(settings: LoraSettings) -> dict:

@@ -16,6 +16,7 @@ from .errors import UsageError
 
 HUB_CHECKPOINT = "ACE-Step/acestep-v15-base"
 DATA_FOLDERS = ("/data", "./data")
+_NO_DATA_FOLDERS = " and no ".join(DATA_FOLDERS)
 GIB = 1024**3
 
 
@@ -49,7 +50,7 @@ def default_data(chosen: str | None = None) -> tuple[str, str]:
         if Path(folder).is_dir():
             return folder, "the default folder"
     raise UsageError(
-        f"no training data: --train_data_dir and ACESTEP_DATA are not set, and there is no {' and no '.join(DATA_FOLDERS)}; "
+        f"no training data: --train_data_dir and ACESTEP_DATA are not set, and there is no {_NO_DATA_FOLDERS}; "
         "name a folder of audio with --train_data_dir."
     )
 
@@ -136,7 +137,7 @@ def check_data(data: str | None) -> tuple[str, ...]:
     try:
         chosen, source = default_data(data)
     except UsageError:
-        return "warning", f"there is no {' and no '.join(DATA_FOLDERS)}, and ACESTEP_DATA is not set", fix
+        return "warning", f"there is no {_NO_DATA_FOLDERS}, and ACESTEP_DATA is not set", fix
     shown = f"{without_secrets(chosen)} ({source})"
     if "://" in chosen:
         return "ok", f"{shown}: not looked at"

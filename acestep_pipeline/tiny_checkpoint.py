@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from .errors import UsageError
 from .paths import cache_dir
+from .progress import quiet_loading
 
 TINY_NAME = "tiny"
 # Part of the cache folder's name: raise it when anything below changes the weights.
@@ -165,7 +166,8 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 0) -> Path:
     except OSError as error:
         raise UsageError(f"{directory} can't be written ({error.strerror}); name a folder that can.") from error
     try:
-        build_tiny_pipeline(seed).save_pretrained(temporary / "checkpoint")
+        with quiet_loading():
+            build_tiny_pipeline(seed).save_pretrained(temporary / "checkpoint")
         os.replace(temporary / "checkpoint", directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,17 +6,16 @@ or another rank finds them, and another model never does.
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from safetensors.torch import load_file
 
 from ..conditioning import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, PromptFields, encode_condition
+from ..files import write_tensors
+from ..progress import progress_bar
 from .audio import AudioError, read_audio
 from .tracks import Problem, Track
 
@@ -165,9 +164,9 @@ def prepare_tracks(
     cached, problems = [], []
     total = sum(track.duration_s for track in tracks)
     layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
-    with tqdm(total=total, desc="Caching latents", bar_format=layout, disable=not show_progress) as bar:
+    with progress_bar(total=total, desc="Caching latents", bar_format=layout, disable=not show_progress) as bar:
         for track in tracks:
-            bar.set_postfix_str(track.id[-40:])
+            bar.set_postfix_str(track.id[-40:], refresh=False)
             entry, found = cache.prepare(track, max_duration_s)
             problems += found
             if entry is not None:
@@ -199,12 +198,5 @@ def _read_header(path: Path) -> dict | None:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_tensors(path, tensors, metadata)

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..conditioning import INSTRUMENTAL
 from ..errors import UsageError
+from ..progress import progress_bar
 from .audio import AUDIO_SUFFIXES, AudioError, probe_audio
 
 # Files that look like audio to a person but that libsndfile can't read; named in the summary, never passed over.
@@ -87,7 +86,7 @@ def load_tracks(
             files = find_audio_files(source)
             candidates, total = (_folder_record(source, file) for file in files), len(files)
     tracks, problems = [], []
-    with tqdm(total=total, desc="Reading tracks", unit="track", disable=not show_progress) as bar:
+    with progress_bar(total=total, desc="Reading tracks", unit="track", disable=not show_progress) as bar:
         for record in candidates:
             bar.update()
             if max_train_samples is not None and len(tracks) >= max_train_samples:

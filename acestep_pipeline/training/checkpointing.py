@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from peft import set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..adapters import lora_state_dict, save_lora
 from ..errors import UsageError
+from ..files import write_tensors
 
 PREFIX = "checkpoint-"
 ADAPTER_NAME = "adapter.safetensors"
@@ -65,9 +66,9 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_lora(transformer, temporary)
-    save_file(lora_state_dict(transformer), temporary / ADAPTER_NAME)
+    write_tensors(temporary / ADAPTER_NAME, lora_state_dict(transformer))
     tensors, values = _flatten(optimizer.state_dict())
-    save_file(tensors, temporary / OPTIMIZER_NAME)
+    write_tensors(temporary / OPTIMIZER_NAME, tensors)
     state = {
         "update": update,
         "settings": settings,

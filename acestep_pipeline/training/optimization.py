@@ -1,9 +1,7 @@
 """Optimizer and learning-rate schedule, both counted in optimizer updates."""
 
 import torch
-from diffusers.optimization import SchedulerType, get_scheduler
-
-LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
+from diffusers.optimization import get_scheduler
 
 
 def build_optimizer(

@@ -27,8 +27,8 @@ def check_run_directory(output_dir: Path, *, resuming: bool, overwrite: bool) ->
         raise UsageError(f"--output_dir {output_dir} can't be written ({error.strerror}); choose another.") from error
     if output_dir.is_dir() and not resuming and not overwrite and holds_run(output_dir):
         raise UsageError(
-            f"--output_dir {output_dir} already holds a run; continue it with --resume_from_checkpoint latest, replace "
-            "it with --overwrite_output_dir, or name another directory."
+            f"--output_dir {output_dir} already holds a run; continue it with --resume_from_checkpoint latest, "
+            "replace it with --overwrite_output_dir, or name another directory."
         )
 
 

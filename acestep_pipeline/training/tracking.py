@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 from ..errors import UsageError
+from ..files import write_text
 from ..version import __version__
 
 METRICS_NAME = "metrics.jsonl"
@@ -25,7 +25,7 @@ class MetricsFile:
         its last checkpoint, are dropped, since they are about to be repeated."""
         path = Path(output_dir) / METRICS_NAME
         kept = [line for line in read_metrics(path) if line["update"] <= first_update] if path.is_file() else []
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict) -> None:
@@ -49,17 +49,10 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    temporary = path.with_name(f".partial-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def write_training_args(output_dir: Path, *, arguments: dict, facts: dict) -> None:
     """Write `training_args.json`: every resolved argument, and facts about model, data, code and machine."""
     content = {"arguments": arguments, **facts, **environment_facts()}
-    write_atomically(Path(output_dir) / ARGS_NAME, json.dumps(content, indent=2, default=str) + "\n")
+    write_text(Path(output_dir) / ARGS_NAME, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def environment_facts() -> dict:

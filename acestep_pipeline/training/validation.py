@@ -3,11 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..conditioning import PromptFields
 from ..generation import SamplingSettings, write_comparison
 from ..pipeline import ACEStepPipeline
+from ..progress import progress_bar
 
 
 def choose_prompts(
@@ -35,7 +34,9 @@ def write_samples(
     """
     pipeline.set_progress_bar_config(disable=True)
     samples = []
-    for index, fields in enumerate(tqdm(prompts, desc="Generating with and without the adapter", unit="prompt")):
+    for index, fields in enumerate(
+        progress_bar(iterable=prompts, desc="Generating with and without the adapter", unit="prompt")
+    ):
         sampling = SamplingSettings(num_inference_steps=num_inference_steps, seed=seed + index)
         files = write_comparison(pipeline, fields, sampling, directory, name=f"sample-{index}")
         with_adapter, without_adapter = (file.relative_to(directory.parent).as_posix() for file in files)

@@ -1,0 +1,32 @@
+"""Progress bars that suit a terminal and a log file alike."""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+
+def progress_bar(**arguments) -> tqdm:
+    """A tqdm bar; into a log file it prints every ten seconds rather than ten times a second."""
+    return tqdm(mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True, **arguments)
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence the bars that diffusers and transformers draw for a loading of seconds, and torch's deprecation of the
+    `weight_norm` that diffusers' Oobleck uses. Downloads keep their bars."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)
+            yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()

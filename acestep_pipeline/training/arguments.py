@@ -1,0 +1,177 @@
+"""The training script's command line: arguments, their checks, and what is filled in where nothing was said."""
+
+import argparse
+import os
+from pathlib import Path
+
+from ..errors import UsageError
+from ..paths import default_data, default_model
+from ..presets import load_preset, preset_names
+from .tracking import check_trackers
+
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+# What makes a run the run it is: resuming under another value of any of these is refused.
+RESUME_SETTINGS = (
+    "rank", "lora_alpha", "lora_dropout", "lora_layers", "use_rslora", "use_dora", "cfg_dropout", "timestep_mu",
+    "timestep_sigma", "seed", "train_batch_size", "gradient_accumulation_steps", "num_updates", "learning_rate",
+    "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay",
+    "adam_epsilon", "max_grad_norm", "mixed_precision", "max_duration_s",
+)  # fmt: skip
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows the defaults that say something, and short names for values."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X", Path: "DIR"}.get(action.type, "NAME")
+
+    def _get_help_string(self, action):
+        says_something = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
+        return f"{action.help} (default: %(default)s)" if says_something else action.help
+
+
+def parse_args(input_args=None) -> argparse.Namespace:
+    """The command line; a preset and a LoRA config set defaults, so that a flag always wins."""
+    # fmt: off
+    p = argparse.ArgumentParser(
+        description="Train a LoRA for ACE-Step 1.5. Start with --preset smoke to see that everything works here, then "
+        "--preset c. Defaults below are without a preset.", usage="accelerate launch train_ace_step_lora.py [--preset NAME] [--flag VALUE ...]",
+        formatter_class=HelpFormatter, allow_abbrev=False)
+    p.add_argument("--preset", choices=preset_names(), help="set of defaults: c (the reference recipe), loo (leave-one-out), smoke (five updates)")
+    p.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    g = p.add_argument_group("model")
+    g.add_argument("--pretrained_model_name_or_path", help="tiny, a folder (diffusers or original layout) or a Hub id; unset: $ACESTEP_MODEL, else /model, else the published base checkpoint")
+    g.add_argument("--variant_dir", help="which DiT of an original-layout checkpoint, e.g. acestep-v15-base")
+    g.add_argument("--revision", help="branch, tag or commit on the Hub")
+    g.add_argument("--cache_dir", help="where the Hub's downloads are kept")
+    g = p.add_argument_group("data")
+    g.add_argument("--train_data_dir", help="folder of audio with sidecars, or a datasets directory; unset: $ACESTEP_DATA, else /data, else ./data")
+    g.add_argument("--dataset_name", help="instead of a folder, a dataset on the Hub")
+    g.add_argument("--max_train_samples", type=int, help="use only the first N tracks")
+    g.add_argument("--min_duration_s", type=float, default=10.0, help="skip shorter tracks (the model makes 10 to 600 s)")
+    g.add_argument("--max_duration_s", type=float, default=240.0, help="train on crops of at most this, at a new random place each time")
+    g.add_argument("--strict", action=argparse.BooleanOptionalAction, default=False, help="stop if any track has to be skipped")
+    g.add_argument("--latent_cache_dir", type=Path, help="where latents and conditions are kept for the next run; unset: latents in $ACESTEP_CACHE_DIR or ~/.cache/acestep-lora")
+    g.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read the cache")
+    g = p.add_argument_group("adapter")
+    g.add_argument("--lora_config", help="JSON file with r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora; unset: $LORA_CONFIG")
+    g.add_argument("--rank", type=int, default=64, help="rank of the update")
+    g.add_argument("--lora_alpha", type=float, default=128.0, help="the update is scaled by alpha / rank")
+    g.add_argument("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
+    g.add_argument("--lora_layers", default="to_q,to_k,to_v,to_out.0", help="target modules, comma-separated; q_proj or linear_q spellings work too")
+    g.add_argument("--use_rslora", action=argparse.BooleanOptionalAction, default=False, help="scale by alpha / sqrt(rank)")
+    g.add_argument("--use_dora", action=argparse.BooleanOptionalAction, default=False, help="weight-decomposed LoRA")
+    g = p.add_argument_group("objective")
+    g.add_argument("--cfg_dropout", type=float, help="probability of training an item without its condition; unset: 0.15 for base and sft, 0 for turbo")
+    g.add_argument("--timestep_mu", type=float, help="mean of the timestep's normal, in logits; unset: the checkpoint's, else -0.4")
+    g.add_argument("--timestep_sigma", type=float, help="its standard deviation; unset: the checkpoint's, else 1.0")
+    g = p.add_argument_group("training")
+    g.add_argument("--seed", type=int, default=42, help="same seed, data and hardware: same adapter")
+    g.add_argument("--train_batch_size", type=int, default=1, help="items in one forward pass (of equal length) on each process")
+    g.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes in one optimizer update")
+    g.add_argument("--num_train_epochs", type=int, default=100, help="passes over the tracks")
+    g.add_argument("--max_train_steps", type=int, help="optimizer updates; overrides the epochs")
+    g.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate")
+    g.add_argument("--lr_scheduler", default="constant_with_warmup", help="linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup")
+    g.add_argument("--lr_warmup_steps", type=int, help="updates of linear warm-up; unset: 5%% of all, at most 100")
+    g.add_argument("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
+    g.add_argument("--lr_power", type=float, default=1.0, help="power of polynomial")
+    g.add_argument("--adam_beta1", type=float, default=0.9, help="decay of the gradient's mean")
+    g.add_argument("--adam_beta2", type=float, default=0.999, help="decay of its square's mean")
+    g.add_argument("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
+    g.add_argument("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
+    g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this")
+    g.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="bf16", help="bf16 becomes fp32 where the hardware would be slower with it")
+    g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="less memory, about a third slower")
+    g.add_argument("--allow_tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on CUDA")
+    g = p.add_argument_group("output")
+    g.add_argument("--output_dir", help="where the adapter goes; unset: output/<exp_name>")
+    g.add_argument("--exp_name", help="unset: <preset>-<data folder>")
+    g.add_argument("--overwrite_output_dir", action=argparse.BooleanOptionalAction, default=False, help="start over in a directory that holds a run")
+    g.add_argument("--checkpointing_steps", "--every_n_train_steps", type=int, default=500, help="a checkpoint every N updates, and one at the end")
+    g.add_argument("--checkpoints_total_limit", type=int, default=3, help="keep only the newest N checkpoints")
+    g.add_argument("--resume_from_checkpoint", help="latest, or a checkpoint folder")
+    g.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio, or none; metrics.jsonl is always written")
+    g.add_argument("--logging_dir", default="logs", help="the tracker's folder, inside the output directory")
+    g.add_argument("--num_validation_samples", type=int, default=1, help="clips generated with and without the adapter at the end; 0: none")
+    g.add_argument("--validation_prompt", help="their prompt; unset: the tags, lyrics and key of the first tracks")
+    g.add_argument("--validation_duration_s", type=float, default=30.0, help="their length")
+    g.add_argument("--validation_inference_steps", type=int, help="their denoising steps; unset: 50, turbo 8")
+    # fmt: on
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset")
+    early.add_argument("--lora_config")
+    chosen, _ = early.parse_known_args(input_args)
+    if chosen.preset in preset_names():
+        p.set_defaults(**load_preset(chosen.preset))
+    lora_config = chosen.lora_config or os.environ.get("LORA_CONFIG")
+    if lora_config:
+        from ..adapters import read_lora_config  # imports torch, which --help should not cost
+
+        names = {"r": "rank", "target_modules": "lora_layers"}
+        values = read_lora_config(Path(lora_config))
+        p.set_defaults(lora_config=lora_config, **{names.get(name, name): value for name, value in values.items()})
+    return p.parse_args(input_args)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse values that can't work, before anything is loaded."""
+    positive = ("rank", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
+                "max_train_samples", "learning_rate", "max_grad_norm", "checkpointing_steps", "checkpoints_total_limit",
+                "timestep_sigma", "validation_duration_s", "validation_inference_steps", "lr_num_cycles")  # fmt: skip
+    for name in positive:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name} must be positive, not {value}.")
+    for name in ("lr_warmup_steps", "num_validation_samples", "dataloader_num_workers", "min_duration_s"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UsageError(f"--{name} must not be negative, not {value}.")
+    if args.cfg_dropout is not None and not 0 <= args.cfg_dropout <= 1:
+        raise UsageError(f"--cfg_dropout must be in [0, 1], not {args.cfg_dropout}.")
+    if not 2 <= args.max_duration_s <= 600:
+        raise UsageError(f"--max_duration_s must be in [2, 600], the model's range, not {args.max_duration_s}.")
+    if args.lr_scheduler not in LR_SCHEDULERS:
+        raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler!r}.")
+    check_trackers(args.report_to)
+
+
+def choose_sources(args: argparse.Namespace) -> dict[str, str]:
+    """Fill in model, data and output where they were not named; returns what was chosen and why, for printing."""
+    args.pretrained_model_name_or_path, model_from = default_model(args.pretrained_model_name_or_path)
+    data = args.dataset_name
+    data_from = "--dataset_name"
+    if data is None:
+        args.train_data_dir, data_from = default_data(args.train_data_dir)
+        data = args.train_data_dir
+    if args.exp_name is None:
+        args.exp_name = "-".join(filter(None, (args.preset, Path(data).resolve().name)))
+    output_from = "--output_dir" if args.output_dir else f"from {'--exp_name' if args.exp_name else 'the preset'}"
+    args.output_dir = Path(args.output_dir).expanduser() if args.output_dir else Path("output") / args.exp_name
+    return {
+        "Preset": args.preset or "none",
+        "Model": f"{args.pretrained_model_name_or_path}  ({model_from})",
+        "Data": f"{data}  ({data_from})",
+        "Output": f"{args.output_dir}  ({output_from})",
+    }
+
+
+def usable_precision(wanted: str, device) -> str:
+    """`wanted`, or `no` (fp32) for bf16 where the hardware would be slower with it."""
+    from ..hardware import bf16_is_fast
+
+    if wanted == "fp16" and device.type != "cuda":
+        raise UsageError(f"--mixed_precision fp16 needs a CUDA device, and this is {device.type}; use bf16 or no.")
+    return "no" if wanted == "bf16" and not bf16_is_fast(device) else wanted
+
+
+def fill_model_defaults(args: argparse.Namespace, config, *, is_turbo: bool) -> None:
+    """What depends on the checkpoint: turbo is distilled and never runs guidance, so it needs no condition dropout."""
+    from ..flow_matching import TIMESTEP_MU, TIMESTEP_SIGMA
+
+    if args.cfg_dropout is None:
+        args.cfg_dropout = 0.0 if is_turbo else 0.15
+    if args.timestep_mu is None:
+        args.timestep_mu = getattr(config, "timestep_mu", TIMESTEP_MU)
+    if args.timestep_sigma is None:
+        args.timestep_sigma = getattr(config, "timestep_sigma", TIMESTEP_SIGMA)

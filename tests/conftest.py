@@ -1,0 +1,48 @@
+"""Shared by all tests: no network, caches of their own, one tiny checkpoint and one set of demo clips a session."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+# Before huggingface_hub is imported, which reads it once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for _name in ("ACESTEP_MODEL", "ACESTEP_DATA", "LORA_CONFIG"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory):
+    """The project's caches, in a folder of the session."""
+    os.environ["ACESTEP_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(_caches) -> Path:
+    """The tiny checkpoint in diffusers layout. Read-only: copy it to change it."""
+    from acestep_pipeline.tiny_checkpoint import tiny_checkpoint_path
+
+    return tiny_checkpoint_path()
+
+
+@pytest.fixture
+def tiny_pipeline(tiny_dir):
+    """A fresh pipeline on the tiny checkpoint."""
+    from acestep_pipeline import ACEStepPipeline
+
+    pipeline = ACEStepPipeline.from_pretrained(tiny_dir)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def demo_dir(tmp_path_factory) -> Path:
+    """Six rendered clips of four seconds with tags: quick to encode. Train on them with `--min_duration_s 1`."""
+    from acestep_pipeline.data.demo_music import render_demo_dataset
+
+    directory = tmp_path_factory.mktemp("demo") / "clips"
+    render_demo_dataset(directory, duration_s=4.0)
+    return directory
