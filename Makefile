@@ -1,0 +1,66 @@
+# make train   set up, then train the embedded checkpoint on rendered clips (DATA=DIR: on your own music) and listen
+# make test    set up, then run the tests
+# make style   format; make quality: check formatting and lint
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?= tiny
+DATA ?=
+OUTPUT ?= output/make-train
+# Enough for the tiny checkpoint to move audibly; with a real one, use --preset c.
+TRAIN_FLAGS ?= --max_train_steps 200 --learning_rate 1e-3
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: help setup train test test-slow test-gpu style quality clean
+
+help:
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -3
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; name it with PYTHON=python3.11." >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "error: the venv module is missing; on Debian: apt-get install python3-venv." >&2; exit 2; }
+	$(BIN)/pip install --disable-pip-version-check --quiet --requirement requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --editable .
+	@touch $@
+
+setup: $(VENV)/.installed
+
+ifeq ($(strip $(DATA)),)
+train: DATA_DIR = output/demo-dataset
+train: output/demo-dataset/demo.json
+else
+train: DATA_DIR = $(DATA)
+endif
+train: setup
+	$(LAUNCH) train_ace_step_lora.py --preset smoke --pretrained_model_name_or_path $(MODEL) --train_data_dir "$(DATA_DIR)" \
+		--output_dir $(OUTPUT) --overwrite_output_dir $(TRAIN_FLAGS)
+	@echo
+	@echo "With real weights and your own music:"
+	@echo "  $(BIN)/accelerate launch train_ace_step_lora.py --preset c --train_data_dir DIR"
+
+output/demo-dataset/demo.json: $(VENV)/.installed
+	$(BIN)/python examples/make_demo_dataset.py output/demo-dataset
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+style: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
