@@ -40,7 +40,7 @@ train: setup
 	@echo "With real weights and your own music:"
 	@echo "  $(BIN)/accelerate launch train_ace_step_lora.py --preset c --train_data_dir DIR"
 
-output/demo-dataset/demo.json: $(VENV)/.installed
+output/demo-dataset/demo.json: | $(VENV)/.installed
 	$(BIN)/python examples/make_demo_dataset.py output/demo-dataset
 
 test: setup

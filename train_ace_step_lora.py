@@ -142,7 +142,7 @@ def train(args: argparse.Namespace) -> None:
 
     import torch
     from accelerate import Accelerator, PartialState
-    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, parse_flag_from_env
     from torch.utils.data import DataLoader
 
     from acestep_pipeline import flow_matching
@@ -157,19 +157,22 @@ def train(args: argparse.Namespace) -> None:
     )
     from acestep_pipeline.data.latent_cache import fingerprint
     from acestep_pipeline.data.tracks import dataset_fingerprint, load_tracks
-    from acestep_pipeline.hardware import describe_device
+    from acestep_pipeline.hardware import default_device, describe_device
     from acestep_pipeline.pipeline import ACEStepPipeline
     from acestep_pipeline.progress import progress_bar
     from acestep_pipeline.training import checkpointing, optimization, tracking
 
     # ----------------------------------------------------------------------------------------------- accelerator
-    device = PartialState().device
+    # Said aloud, or a torchrun on a machine without a GPU becomes so many runs that know nothing of each other.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
+    device = PartialState(cpu=on_cpu).device
     wanted_precision, args.mixed_precision = (
         args.mixed_precision,
         arguments.usable_precision(args.mixed_precision, device),
     )
     log_with = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
+        cpu=on_cpu,
         mixed_precision=args.mixed_precision,
         log_with=log_with,
         project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
@@ -183,7 +186,7 @@ def train(args: argparse.Namespace) -> None:
     for name, value in {**sources, "Device": describe_device(device), "Precision": args.mixed_precision}.items():
         say(f"{name + ':':<11}{value}")
     if args.mixed_precision != wanted_precision:
-        say(f"warning: {device} has no fast {wanted_precision}, which would be slower: training in fp32.")
+        say(f"warning: this {device.type} has no fast {wanted_precision}, which would be slower: training in fp32.")
 
     # ------------------------------------------------------------------------------------------- data and models
     tracks, problems = load_tracks(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from diffusers.training_utils import _collate_lora_metadata, cast_training_param
 from peft import LoraConfig, get_peft_model_state_dict
 
 from .errors import UsageError
-from .files import write_atomically
+from .files import sort_metadata, write_atomically
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 # The attention projections of every block, as diffusers names them: what the official trainer adapts.
@@ -44,8 +45,8 @@ class LoraSettings:
     def __post_init__(self):
         if self.r < 1:
             raise UsageError(f"the LoRA rank must be at least 1, not {self.r} (--rank, or r in --lora_config).")
-        if self.lora_alpha <= 0:
-            raise UsageError(f"the LoRA alpha must be positive, not {self.lora_alpha} (--lora_alpha).")
+        if not 0 < self.lora_alpha < math.inf:
+            raise UsageError(f"the LoRA alpha must be positive and finite, not {self.lora_alpha} (--lora_alpha).")
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"the LoRA dropout must be in [0, 1), not {self.lora_dropout} (--lora_dropout).")
         if not self.target_modules:
@@ -69,7 +70,8 @@ def read_lora_config(path: Path) -> dict:
     for name, value in values.items():
         if name not in _FIELD_TYPES:
             raise UsageError(f"--lora_config {path}: unknown field {name!r}; known are {', '.join(_FIELD_TYPES)}.")
-        if not isinstance(value, _FIELD_TYPES[name]) or isinstance(value, bool) != (_FIELD_TYPES[name] is bool):
+        fits = isinstance(value, _FIELD_TYPES[name]) and isinstance(value, bool) == (_FIELD_TYPES[name] is bool)
+        if not fits or (isinstance(value, list) and not all(isinstance(target, str) for target in value)):
             raise UsageError(f"--lora_config {path}: {name} has the wrong type ({value!r}).")
     if "target_modules" in values:
         values["target_modules"] = parse_targets(values["target_modules"])
@@ -150,16 +152,47 @@ def lora_state_dict(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_lora(transformer: torch.nn.Module, directory: Path) -> None:
-    """Write `pytorch_lora_weights.safetensors` with the adapter metadata that keeps alpha when diffusers loads it."""
-    write_atomically(
-        Path(directory) / LORA_WEIGHTS_NAME,
-        lambda temporary: AceStepPipeline.save_lora_weights(
+    """Write `pytorch_lora_weights.safetensors` with the adapter metadata that keeps alpha when diffusers loads it.
+
+    Equal adapters make equal files.
+    """
+    metadata = _collate_lora_metadata({"transformer": transformer})
+    for values in metadata.values():  # sets have another order in every process
+        values.update({name: sorted(value) for name, value in values.items() if isinstance(value, set)})
+
+    def write(temporary: Path) -> None:
+        AceStepPipeline.save_lora_weights(
             temporary.parent,
             weight_name=temporary.name,
             transformer_lora_layers=lora_state_dict(transformer),
-            **_collate_lora_metadata({"transformer": transformer}),
-        ),
-    )
+            **metadata,
+        )
+        sort_metadata(temporary)
+
+    write_atomically(Path(directory) / LORA_WEIGHTS_NAME, write)
+
+
+def check_adapter_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
+    """Check an adapter (diffusers' names, `transformer.<module>.lora_A.weight`) against the layers it would go to.
+
+    Raises:
+        ValueError: none of it is for a transformer, or a layer is missing or of another width.
+    """
+    weights = {name: tensor for name, tensor in state_dict.items() if name.startswith("transformer.")}
+    if not weights:
+        raise ValueError("it has no weights for this transformer (made for another model, or by another tool?).")
+    for name, tensor in weights.items():
+        path, _, matrix = name.removeprefix("transformer.").partition(".lora_")
+        if matrix not in ("A.weight", "B.weight"):
+            continue
+        try:
+            layer = transformer.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"it has weights for {path}, a layer that this checkpoint doesn't have.") from None
+        side, axis = ("in", 1) if matrix == "A.weight" else ("out", 0)
+        width, expected = tensor.shape[axis], getattr(layer, f"{side}_features", None)
+        if expected not in (None, width):
+            raise ValueError(f"its {path} is {width} wide ({side}put), this checkpoint's is {expected}: another size.")
 
 
 def describe(settings: LoraSettings) -> dict:

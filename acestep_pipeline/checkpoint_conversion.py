@@ -5,6 +5,7 @@ Original layout: `<dit>/config.json`, `<dit>/model.safetensors` (or shards with 
 """
 
 import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import AceStepTransformer1DModel, AutoencoderOobleck, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.ace_step import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer, AceStepConditionEncoder
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoTokenizer
 
 from .errors import UsageError
@@ -118,7 +119,7 @@ def _find_beside(folders: tuple[Path, ...], name: str) -> Path:
 
 
 def convert_key(key: str) -> tuple[str, str]:
-    """Original parameter name -> (pipeline component, name within it); raises `UsageError` for an unknown name."""
+    """Original parameter name -> (pipeline component, name within it); raises `ValueError` for an unknown name."""
     if key == "null_condition_emb":
         return "condition_encoder", key
     for prefix, component in COMPONENT_PREFIXES.items():
@@ -127,7 +128,7 @@ def convert_key(key: str) -> tuple[str, str]:
             for original, renamed in MODULE_RENAMES.items():
                 name = name.replace(f".{original}.", f".{renamed}.")
             return component, name.removeprefix(".")
-    raise UsageError(f"the checkpoint has an unknown parameter {key!r}: it is not an ACE-Step 1.5 DiT.")
+    raise ValueError(f"it has an unknown parameter {key!r}")
 
 
 def component_configs(config: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict]:
@@ -187,20 +188,36 @@ def component_configs(config: dict, shapes: dict[str, tuple[int, ...]]) -> dict[
     }
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} can't be read as JSON ({error}); download it again.") from error
+
+
+def _read_silence_latent(path: Path) -> torch.Tensor:
+    """`[1, frames, channels]`, as the condition encoder holds it; the file has the last two the other way round."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu").transpose(1, 2).contiguous()
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path} is missing or damaged ({what}); download it again.") from error
+
+
 def _iter_weights(dit: Path, names: bool = False) -> Iterator[tuple[str, object]]:
     """Yield (name, tensor), or (name, shape) with `names`, reading one tensor at a time from the mapped file(s)."""
-    index = dit / WEIGHTS_INDEX_NAME
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS_NAME]
+    files = [WEIGHTS_NAME]
+    if (dit / WEIGHTS_INDEX_NAME).is_file():
+        shard_of = _read_json(dit / WEIGHTS_INDEX_NAME).get("weight_map", {})
+        files = sorted(set(shard_of.values()))
     for name in files:
         if not (dit / name).is_file():
-            raise UsageError(f"{dit} lacks the shard {name} that its index names; download it again.")
+            raise UsageError(f"{dit} lacks {name}; download it again, complete.")
         try:
             with safe_open(dit / name, "pt") as file:
                 for key in file.keys():
                     yield key, tuple(file.get_slice(key).get_shape()) if names else file.get_tensor(key)
-        except Exception as error:
-            if isinstance(error, UsageError) or "safetensor" not in type(error).__name__.lower():
-                raise
+        except SafetensorError as error:
             raise UsageError(f"{dit / name} is damaged ({error}); download it again.") from error
 
 
@@ -217,7 +234,7 @@ def load_dit_components(dit: Path, torch_dtype: torch.dtype = torch.float32) -> 
     Raises:
         UsageError: a parameter is missing, unknown or of another shape than the config says.
     """
-    config = json.loads((dit / "config.json").read_text())
+    config = _read_json(dit / "config.json")
     shapes = dict(_iter_weights(dit, names=True))
     classes = {
         "transformer": AceStepTransformer1DModel,
@@ -227,14 +244,21 @@ def load_dit_components(dit: Path, torch_dtype: torch.dtype = torch.float32) -> 
     }
     state_dicts: dict[str, dict[str, torch.Tensor]] = {component: {} for component in classes}
     for key, tensor in _iter_weights(dit):
-        component, name = convert_key(key)
+        try:
+            component, name = convert_key(key)
+        except ValueError as error:
+            raise UsageError(f"{dit} is not an ACE-Step 1.5 DiT: {error}.") from error
         state_dicts[component][name] = tensor.to(torch_dtype)
-    silence = torch.load(dit / SILENCE_LATENT_NAME, weights_only=True, map_location="cpu")
-    state_dicts["condition_encoder"]["silence_latent"] = silence.transpose(1, 2).contiguous().to(torch_dtype)
+    silence = _read_silence_latent(dit / SILENCE_LATENT_NAME)
+    state_dicts["condition_encoder"]["silence_latent"] = silence.to(torch_dtype)
 
+    try:
+        arguments_of = component_configs(config, shapes)
+    except KeyError as error:
+        raise UsageError(f"{dit / 'config.json'} has no {error}: it is not an ACE-Step 1.5 DiT's.") from error
     components = {}
-    for component, arguments in component_configs(config, shapes).items():
-        if not state_dicts[component]:
+    for component, arguments in arguments_of.items():
+        if component.startswith("audio_") and not state_dicts[component]:
             continue
         with torch.device("meta"):
             module = classes[component](**arguments)
@@ -265,11 +289,15 @@ def load_original(checkpoint: OriginalCheckpoint, *, torch_dtype: torch.dtype, v
     components = load_dit_components(checkpoint.dit, torch_dtype)
     components.setdefault("audio_tokenizer", None)
     components.setdefault("audio_token_detokenizer", None)
-    return {
-        **components,
-        "vae": AutoencoderOobleck.from_pretrained(checkpoint.vae, torch_dtype=vae_dtype),
-        "text_encoder": AutoModel.from_pretrained(checkpoint.text_encoder, dtype=torch_dtype),
-        "tokenizer": AutoTokenizer.from_pretrained(checkpoint.text_encoder),
-        # The pipeline computes the shifted sigmas itself; the scheduler takes them as they are.
-        "scheduler": FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
-    }
+    try:
+        folder = checkpoint.vae
+        components["vae"] = AutoencoderOobleck.from_pretrained(folder, torch_dtype=vae_dtype)
+        folder = checkpoint.text_encoder
+        components["text_encoder"] = AutoModel.from_pretrained(folder, dtype=torch_dtype)
+        components["tokenizer"] = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise UsageError(f"{folder} can't be loaded ({what}); download it again.") from error
+    # The pipeline computes the shifted sigmas itself; the scheduler takes them as they are.
+    components["scheduler"] = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
+    return components

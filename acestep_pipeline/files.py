@@ -1,5 +1,6 @@
 """Writing files so that a finished name is a finished file, readable by whoever may read its neighbours."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -35,4 +36,26 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = N
     """Write a safetensors file atomically."""
     from safetensors.torch import save_file  # torch, which callers that only write text should not wait for
 
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, metadata=metadata)
+        sort_metadata(temporary)
+
+    write_atomically(path, write)
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata in a safetensors header, in place, so that equal content makes equal bytes.
+
+    The library writes it in another order each time. Layout: 8 bytes of little-endian length, then that much JSON,
+    padded with spaces, then the tensors (the safetensors format's specification).
+    """
+    with Path(path).open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:  # the same JSON, as compact as it can be, has no way to grow
+            raise AssertionError(f"{path}: the header grew from {length} to {len(text)} bytes")
+        file.seek(8)
+        file.write(text.ljust(length))

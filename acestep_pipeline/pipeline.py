@@ -5,24 +5,24 @@ from pathlib import Path
 
 import torch
 from diffusers import AceStepPipeline
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
 
-from .adapters import LORA_WEIGHTS_NAME
+from .adapters import LORA_WEIGHTS_NAME, check_adapter_fits
 from .checkpoint_conversion import (
+    SILENCE_LATENT_NAME,
     TEXT_ENCODER_DIR,
     VAE_DIR,
+    WEIGHTS_INDEX_NAME,
     OriginalCheckpoint,
-    is_dit_folder,
     load_original,
     locate_original,
 )
@@ -32,6 +32,11 @@ from .tiny_checkpoint import TINY_NAME, tiny_checkpoint_path
 
 # The repository that holds the VAE and the text encoder which every 2 B variant shares.
 SHARED_COMPONENTS_REPO = "ACE-Step/Ace-Step1.5"
+
+MODEL_INDEX_NAME = "model_index.json"
+# What is downloaded: the components' files of a diffusers checkpoint, and the files of an original DiT's folder.
+DIFFUSERS_PATTERNS = ("*/*.json", "*/*.safetensors", "*/*.txt")
+DIT_PATTERNS = ("config.json", "model*.safetensors", WEIGHTS_INDEX_NAME, SILENCE_LATENT_NAME)
 
 # Encoding in tiles of 5 s: larger ones are half as fast on a CPU (glibc maps buffers above 32 MB anew each time) and
 # cost memory on a GPU. An Oobleck encoder frame depends on less than 0.3 s of audio to either side (3 residual units
@@ -140,35 +145,41 @@ class ACEStepPipeline(AceStepPipeline):
         """diffusers' `load_lora_weights` for what training wrote: an adapter directory, its file, or a Hub id.
 
         Raises:
-            UsageError: the file is not there, is a pickle, or fits no module of this transformer.
+            UsageError: the file is not there, is damaged or a pickle, or does not fit this transformer. The pipeline
+                is then as it was before.
         """
         source = pretrained_model_name_or_path_or_dict
-        if isinstance(source, str | os.PathLike):
-            source = str(source)
-            _check_adapter_path(source, kwargs.get("weight_name"))
-            kwargs.setdefault("use_safetensors", True)
-        before = set(getattr(self.transformer, "peft_config", {}))
+        name = "given as a state dict" if isinstance(source, dict) else repr(str(source))
+        if not isinstance(source, dict):
+            source = _locate_adapter(str(source), kwargs)
         try:
+            # Before diffusers changes the transformer: it does not restore it when an adapter does not fit.
+            check_adapter_fits(self.lora_state_dict(source, **kwargs), self.transformer)
             super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, SafetensorError) as error:
             what = " ".join(str(error).split())[:300]
-            raise UsageError(f"the adapter {_name_of(source)} doesn't load into this checkpoint: {what}") from error
-        if not kwargs.get("hotswap") and set(getattr(self.transformer, "peft_config", {})) == before:
-            raise UsageError(f"the adapter {_name_of(source)} fits no module of this checkpoint; nothing was loaded.")
+            raise UsageError(f"the adapter {name} doesn't load into this checkpoint: {what}") from error
 
 
-def _name_of(source) -> str:
-    return repr(source) if isinstance(source, str) else "given as a state dict"
-
-
-def _check_adapter_path(source: str, weight_name: str | None) -> None:
+def _locate_adapter(source: str, options: dict) -> str:
+    """Check an adapter's path, and set in `options` what diffusers needs to read it."""
     path = Path(source).expanduser()
+    options.setdefault("use_safetensors", True)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise UsageError(f"{source} is a pickle, which can run code when loaded; convert it to safetensors first.")
-    if path.is_dir() and not (path / (weight_name or LORA_WEIGHTS_NAME)).is_file():
-        raise UsageError(f"{source} holds no {weight_name or LORA_WEIGHTS_NAME}: it is not an adapter directory.")
-    if not path.exists() and _looks_like_path(source):
+    if path.is_file():
+        return str(path)
+    if path.is_dir():
+        options.setdefault("weight_name", LORA_WEIGHTS_NAME)
+        if not (path / options["weight_name"]).is_file():
+            raise UsageError(f"{source} holds no {options['weight_name']}: it is not an adapter directory.")
+        return str(path)
+    if _looks_like_path(source):
         raise UsageError(f"the adapter {source} does not exist.")
+    if is_offline_mode():
+        # Offline, diffusers can't list the repository to find the file's name.
+        options.setdefault("weight_name", LORA_WEIGHTS_NAME)
+    return source
 
 
 def _looks_like_path(name: str) -> bool:
@@ -199,22 +210,11 @@ def resolve_checkpoint(
         return _resolve_folder(folder, variant_dir)
     if folder.exists() or _looks_like_path(name):
         raise UsageError(f"the checkpoint {name!r} is not a folder, not a Hub id (user/name), and not 'tiny'.")
-    try:
-        return _resolve_hub(name, variant_dir=variant_dir, revision=revision, cache_dir=cache_dir)
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise UsageError(
-            f"the Hub has no model {name!r}{at} that you can see; check the name (private: `hf auth login`)."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
-        raise UsageError(
-            f"{name!r} is no folder here and the Hub can't be reached (or lacks a file of it) and no copy is cached: "
-            "check the network, or give a folder or 'tiny'."
-        ) from error
+    return _resolve_hub(name, variant_dir=variant_dir, revision=revision, cache_dir=cache_dir)
 
 
 def _resolve_folder(folder: Path, variant_dir: str | None) -> Path | OriginalCheckpoint:
-    if not (folder / "model_index.json").is_file():
+    if not (folder / MODEL_INDEX_NAME).is_file():
         return locate_original(folder, variant_dir)
     required = ("vae", "text_encoder", "tokenizer", "transformer", "condition_encoder", "scheduler")
     missing = [component for component in required if not (folder / component).is_dir()]
@@ -226,28 +226,49 @@ def _resolve_folder(folder: Path, variant_dir: str | None) -> Path | OriginalChe
 def _resolve_hub(
     name: str, *, variant_dir: str | None, revision: str | None, cache_dir: str | None
 ) -> Path | OriginalCheckpoint:
-    def snapshot(repo: str, patterns: list[str] | None, revision: str | None = None) -> Path:
-        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+    """Find out what a repository holds from a few small files, then download what is needed of it and no more."""
 
-    try:
-        hf_hub_download(name, "model_index.json", revision=revision, cache_dir=cache_dir)
-        return _resolve_folder(snapshot(name, ["*.json", "*.safetensors", "*.txt"], revision), variant_dir)
-    except LocalEntryNotFoundError:
-        # Offline, a cached original-layout checkpoint has no model_index.json either: look for it below.
-        pass
-    except EntryNotFoundError:
-        pass
-    shared = [f"{VAE_DIR}/*", f"{TEXT_ENCODER_DIR}/*"]
-    weights = ["config.json", "*.safetensors", "*.safetensors.index.json", "silence_latent.pt"]
-    if variant_dir is None:
-        folder = snapshot(name, weights + shared, revision)
-        if is_dit_folder(folder) and not (folder / VAE_DIR).is_dir():
-            companions = snapshot(SHARED_COMPONENTS_REPO, shared)
-            return OriginalCheckpoint(dit=folder, vae=companions / VAE_DIR, text_encoder=companions / TEXT_ENCODER_DIR)
-        return locate_original(snapshot(name, None, revision) if not is_dit_folder(folder) else folder, None)
-    folder = snapshot(name, [f"{variant_dir}/*", *shared], revision)
-    if is_dit_folder(folder / variant_dir):
-        return locate_original(folder, variant_dir)
+    def download(repo: str, patterns: list[str], *, partly: bool = False) -> Path:
+        at = revision if repo == name else None
+        return _download(repo, patterns, revision=at, cache_dir=cache_dir, partly=partly)
+
+    probe = download(name, [MODEL_INDEX_NAME, f"{VAE_DIR}/config.json", f"*{SILENCE_LATENT_NAME}"], partly=True)
+    if (probe / MODEL_INDEX_NAME).is_file():
+        return _resolve_folder(download(name, [MODEL_INDEX_NAME, *DIFFUSERS_PATTERNS]), variant_dir)
+    # "." is a DiT at the top of the repository.
+    dits = sorted(path.parent.relative_to(probe).as_posix() for path in probe.rglob(SILENCE_LATENT_NAME))
+    held = ", ".join(dits) or "none"
+    if variant_dir is None and len(dits) != 1:
+        raise UsageError(f"{name} on the Hub holds no single ACE-Step 1.5 DiT (found: {held}); give --variant_dir.")
+    folder = variant_dir or dits[0]
     # The base and sft DiTs have repositories of their own, named like the variant, by the same owner.
-    dit = snapshot(f"{name.split('/')[0]}/{variant_dir}", weights)
-    return OriginalCheckpoint(dit=dit, vae=folder / VAE_DIR, text_encoder=folder / TEXT_ENCODER_DIR)
+    dit_repo, folder = (name, folder) if folder in dits else (f"{name.split('/')[0]}/{folder}", ".")
+    try:
+        dit = download(dit_repo, [(Path(folder) / pattern).as_posix() for pattern in DIT_PATTERNS]) / folder
+    except UsageError as error:
+        if dit_repo == name:
+            raise
+        raise UsageError(f"{name} holds no {variant_dir!r} (found: {held}), and {error}") from error
+    shared_repo = name if (probe / VAE_DIR / "config.json").is_file() else SHARED_COMPONENTS_REPO
+    shared = download(shared_repo, [f"{VAE_DIR}/*", f"{TEXT_ENCODER_DIR}/*"])
+    return OriginalCheckpoint(dit=dit, vae=shared / VAE_DIR, text_encoder=shared / TEXT_ENCODER_DIR)
+
+
+def _download(
+    repo: str, patterns: list[str], *, revision: str | None, cache_dir: str | None, partly: bool = False
+) -> Path:
+    """Files of a repository, from the cache where the Hub can't be reached: all of them, or `partly` what is there."""
+    try:
+        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise UsageError(
+            f"the Hub has no model {repo!r}{at} that you can see; check the name (private: `hf auth login`)."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        if partly and isinstance(error, IncompleteSnapshotError):
+            return Path(error.snapshot_path)
+        raise UsageError(
+            f"{repo!r} is no folder here, the Hub can't be reached, and the cache has no complete copy: "
+            "check the network, or give a folder or 'tiny'."
+        ) from error

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..conditioning import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, PromptFields, encode_condition
+from ..errors import RunError, UsageError
 from ..files import write_tensors
 from ..progress import progress_bar
 from .audio import AudioError, read_audio
@@ -72,13 +73,21 @@ class LatentCache:
     """Encodes tracks with a pipeline's frozen VAE and encoders, and keeps the results on disk."""
 
     def __init__(self, directory: Path, pipeline) -> None:
+        """Find or make the folders of this pipeline's models; raises `UsageError` if that can't be done."""
         self.pipeline = pipeline
-        tokenizer = pipeline.tokenizer.backend_tokenizer.to_str().encode()
+        tokenizer = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())
+        # Set by each call, so they say what the pipeline did last and not what it is.
+        tokenizer |= {"truncation": None, "padding": None}
         vae_key = fingerprint(pipeline.vae)[:16]
         text_key = fingerprint(pipeline.text_encoder, pipeline.condition_encoder)
-        text_key = hashlib.sha256(text_key.encode() + tokenizer).hexdigest()[:16]
+        text_key = hashlib.sha256((text_key + json.dumps(tokenizer, sort_keys=True)).encode()).hexdigest()[:16]
         self.latents_dir = Path(directory) / f"v{CACHE_VERSION}" / f"latents-{vae_key}"
         self.conditions_dir = Path(directory) / f"v{CACHE_VERSION}" / f"conditions-{text_key}"
+        try:
+            for folder in (self.latents_dir, self.conditions_dir):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--latent_cache_dir {directory} can't be written ({error.strerror}).") from error
 
     def prepare(self, track: Track, max_duration_s: float) -> tuple[CachedTrack | None, list[Problem]]:
         """Encode what is not cached yet.
@@ -199,4 +208,10 @@ def _read_header(path: Path) -> dict | None:
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, tensors, metadata)
+    try:
+        write_tensors(path, tensors, metadata)
+    except (SafetensorError, OSError) as error:
+        raise RunError(
+            f"{path} can't be written ({error}); make room, or choose another --latent_cache_dir. What was encoded "
+            "before is kept."
+        ) from error

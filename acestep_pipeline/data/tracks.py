@@ -1,7 +1,10 @@
 """Tracks: audio with its text, from a folder with sidecar files or from a `datasets` directory."""
 
+import errno
 import hashlib
 import json
+import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,16 @@ UNSUPPORTED_SUFFIXES = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka
 # What the model was trained with (`timesignature` is the number of beats in a bar).
 TIME_SIGNATURES = ("2", "3", "4", "6")
 BPM_RANGE = (30, 300)
+# Names that a JSON sidecar or a dataset's columns may use for each text field, the first found wins.
+FIELD_NAMES = {
+    "tags": ("tags", "caption", "prompt"),
+    "lyrics": ("lyrics",),
+    "genre": ("genre",),
+    "bpm": ("bpm",),
+    "keyscale": ("keyscale", "key"),
+    "timesignature": ("timesignature", "time_signature"),
+    "language": ("language", "vocal_language"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,12 +98,13 @@ def load_tracks(
         else:
             files = find_audio_files(source)
             candidates, total = (_folder_record(source, file) for file in files), len(files)
-    tracks, problems = [], []
+    tracks, problems, ids = [], [], set()
     with progress_bar(total=total, desc="Reading tracks", unit="track", disable=not show_progress) as bar:
         for record in candidates:
             bar.update()
             if max_train_samples is not None and len(tracks) >= max_train_samples:
                 break
+            record["id"] = _unique_id(str(record["id"]), ids)
             track, found = _to_track(record, min_duration_s)
             problems += found
             if track is not None:
@@ -98,6 +112,23 @@ def load_tracks(
     if not tracks:
         raise UsageError(_nothing_usable(str(source), total, problems))
     return tracks, problems
+
+
+def _unique_id(name: str, taken: set[str]) -> str:
+    """`name` on one printable line, numbered if another track has it."""
+    name = unique = _one_line(name)
+    number = 1
+    while unique in taken:
+        number += 1
+        unique = f"{name} ({number})"
+    taken.add(unique)
+    return unique
+
+
+def _one_line(name: str) -> str:
+    """Control characters, line ends and undecodable bytes of a file name as escapes."""
+    escaped = {"Cc", "Cs", "Zl", "Zp"}
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in escaped else c for c in name)
 
 
 def _nothing_usable(source: str, total: int, problems: list[Problem]) -> str:
@@ -109,18 +140,28 @@ def _nothing_usable(source: str, total: int, problems: list[Problem]) -> str:
 
 
 def find_audio_files(folder: Path) -> list[Path]:
-    """Audio files under `folder`, sorted by their path as text; hidden files and folders are left out."""
+    """Audio files under `folder`, sorted by their path as text; hidden files and folders are left out.
+
+    Links to folders are followed, each folder being read once.
+
+    Raises:
+        UsageError: a folder can't be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"the folder {error.filename} can't be read ({error.strerror}).") from error
+
     known = AUDIO_SUFFIXES | UNSUPPORTED_SUFFIXES
-    return sorted(
-        (
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in known
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-            and not path.is_dir()
-        ),
-        key=lambda path: path.relative_to(folder).as_posix(),
-    )
+    found, seen = [], set()
+    for directory, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(directory)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(directory, name) for name in names if not name.startswith(".")]
+    return sorted((path for path in found if path.suffix.lower() in known), key=lambda path: path.as_posix())
 
 
 def _folder_record(folder: Path, file: Path) -> dict:
@@ -147,23 +188,9 @@ def read_sidecars(file: Path) -> tuple[dict, list[str]]:
         except (ValueError, RecursionError):
             values = None
         if isinstance(values, dict):
-            aliases = {
-                "tags": ("tags", "caption", "prompt"),
-                "lyrics": ("lyrics",),
-                "genre": ("genre",),
-                "bpm": ("bpm",),
-                "keyscale": ("keyscale", "key"),
-                "timesignature": ("timesignature", "time_signature"),
-                "language": ("language", "vocal_language"),
-            }
-            for field, names in aliases.items():
-                value = next((values[name] for name in names if values.get(name) not in (None, "")), None)
-                if isinstance(value, list):
-                    value = ", ".join(str(entry) for entry in value)
-                if value is not None:
-                    record[field] = value
+            record = _text_fields(values, warnings)
         else:
-            warnings.append(f"{sidecar.name} is not a JSON object and is left out")
+            warnings.append(f"{_one_line(sidecar.name)} is not a JSON object and is left out")
     for field, suffixes in (("tags", (".tags.txt", ".txt", ".caption")), ("lyrics", (".lyrics.txt",))):
         for suffix in suffixes:
             text = _read_text(file.with_name(file.stem + suffix), warnings)
@@ -173,13 +200,29 @@ def read_sidecars(file: Path) -> tuple[dict, list[str]]:
     return record, warnings
 
 
+def _text_fields(values: dict, warnings: list[str]) -> dict:
+    """The known fields of a JSON object or a dataset's row, lists joined (tags by commas, lyrics by lines)."""
+    fields = {}
+    for field, names in FIELD_NAMES.items():
+        value = next((values[name] for name in names if values.get(name) not in (None, "", [])), None)
+        if isinstance(value, list) and all(isinstance(entry, str | int | float) for entry in value):
+            value = ("\n" if field == "lyrics" else ", ").join(map(str, value))
+        if isinstance(value, dict | list):
+            warnings.append(f"its {field} is neither text, a number nor a list of them and is left out")
+        elif value is not None:
+            fields[field] = value
+    return fields
+
+
 def _read_text(path: Path, warnings: list[str]) -> str | None:
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        warnings.append(f"{path.name} is not readable as UTF-8 text and is left out")
+    except (OSError, UnicodeDecodeError) as error:
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            return None  # the track's own name is within the file system's limit, such a sidecar can't exist
+        warnings.append(f"{_one_line(path.name)} is not readable as UTF-8 text and is left out")
         return None
 
 
@@ -189,7 +232,9 @@ def _disk_records(directory: Path) -> tuple[Iterator[dict], int]:
     try:
         dataset = load_from_disk(str(directory))
     except Exception as error:  # datasets raises many types for a damaged directory
-        raise UsageError(f"--train_data_dir {directory} is a damaged dataset ({error}); build it again.") from error
+        raise UsageError(
+            f"--train_data_dir {directory} is a damaged dataset ({_cause(error)}); build it again."
+        ) from error
     if isinstance(dataset, DatasetDict):
         if "train" not in dataset:
             raise UsageError(f"--train_data_dir {directory} has no split 'train' (it has {', '.join(dataset)}).")
@@ -203,8 +248,12 @@ def _hub_records(name: str) -> tuple[Iterator[dict], int]:
     try:
         dataset = load_dataset(name, split="train")
     except Exception as error:  # datasets raises many types for a missing or unreachable dataset
-        raise UsageError(f"--dataset_name {name} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UsageError(f"--dataset_name {name} can't be loaded: {_cause(error)}") from error
     return _dataset_records(dataset, name)
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _dataset_records(dataset, source: str) -> tuple[Iterator[dict], int]:
@@ -212,17 +261,25 @@ def _dataset_records(dataset, source: str) -> tuple[Iterator[dict], int]:
 
     if "audio" not in dataset.column_names:
         raise UsageError(f"the dataset {source} has no column 'audio' (it has {', '.join(dataset.column_names)}).")
-    dataset = dataset.cast_column("audio", Audio(decode=False))
+    try:
+        dataset = dataset.cast_column("audio", Audio(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UsageError(f"the column 'audio' of the dataset {source} holds no audio ({_cause(error)}).") from error
 
     def records() -> Iterator[dict]:
-        for index, row in enumerate(dataset):
+        for index in range(len(dataset)):
+            try:
+                row = dataset[index]
+            except Exception as error:  # pyarrow raises many types for a damaged file
+                raise UsageError(f"row {index} of the dataset {source} can't be read ({_cause(error)}).") from error
             audio = row["audio"] or {}
             path = audio.get("path")
+            warnings: list[str] = []
             yield {
-                **row,
+                **_text_fields(row, warnings),
                 "id": row.get("id") or path or str(index),
                 "audio": audio.get("bytes") or (Path(path) if path else b""),
-                "warnings": [],
+                "warnings": warnings,
             }
 
     return records(), len(dataset)
@@ -230,7 +287,7 @@ def _dataset_records(dataset, source: str) -> tuple[Iterator[dict], int]:
 
 def _to_track(record: dict, min_duration_s: float) -> tuple[Track | None, list[Problem]]:
     """Probe the audio and normalise the text of one record."""
-    name = str(record["id"])
+    name = record["id"]
     problems = [Problem(name, warning, skipped=False) for warning in record["warnings"]]
     try:
         info = probe_audio(record["audio"])
@@ -274,8 +331,13 @@ def normalise_tags(tags: str) -> str:
 def _normalise(record: dict) -> tuple[dict, list[str]]:
     """The text fields of `Track` from a raw record, with a warning for each value that had to be left out."""
     warnings = []
-    genre = str(record.get("genre") or "").strip()
-    tags = normalise_tags(str(record.get("tags") or ""))
+
+    def text(field: str) -> str:
+        # JSON can hold half a surrogate pair, which no tokenizer takes.
+        return str(record.get(field) or "").encode("utf-8", "replace").decode().strip()
+
+    genre = text("genre")
+    tags = normalise_tags(text("tags"))
     if not tags:
         instead = f"its genre {genre!r}" if genre else "an empty caption"
         warnings.append(f"it has no tags and trains with {instead}; describe it in a .tags.txt beside it")
@@ -289,18 +351,17 @@ def _normalise(record: dict) -> tuple[dict, list[str]]:
         bpm = value if BPM_RANGE[0] <= value <= BPM_RANGE[1] else None
         if bpm is None:
             warnings.append(f"its bpm {record['bpm']!r} is not between {BPM_RANGE[0]} and {BPM_RANGE[1]}; left empty")
-    timesignature = str(record.get("timesignature") or "").strip().split("/")[0] or None
+    timesignature = text("timesignature").split("/")[0].strip() or None
     if timesignature is not None and timesignature not in TIME_SIGNATURES:
         warnings.append(f"its time signature {record['timesignature']!r} is not 2, 3, 4 or 6; left empty")
         timesignature = None
-    lyrics = str(record.get("lyrics") or "").strip()
     return {
         "tags": tags,
-        "lyrics": lyrics or INSTRUMENTAL,
-        "language": str(record.get("language") or "").strip() or "unknown",
+        "lyrics": text("lyrics") or INSTRUMENTAL,
+        "language": text("language") or "unknown",
         "genre": genre,
         "bpm": bpm or None,
-        "keyscale": str(record.get("keyscale") or "").strip() or None,
+        "keyscale": text("keyscale") or None,
         "timesignature": timesignature,
     }, warnings
 

@@ -1,6 +1,7 @@
 """The training script's command line: arguments, their checks, and what is filled in where nothing was said."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -110,27 +111,41 @@ def parse_args(input_args=None) -> argparse.Namespace:
 
         names = {"r": "rank", "target_modules": "lora_layers"}
         values = read_lora_config(Path(lora_config))
+        if "target_modules" in values:
+            values["target_modules"] = ",".join(values["target_modules"])
         p.set_defaults(lora_config=lora_config, **{names.get(name, name): value for name, value in values.items()})
     return p.parse_args(input_args)
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, before anything is loaded."""
-    positive = ("rank", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name} must be a finite number, not {value}.")
+    positive = ("rank", "lora_alpha", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
                 "max_train_samples", "learning_rate", "max_grad_norm", "checkpointing_steps", "checkpoints_total_limit",
-                "timestep_sigma", "validation_duration_s", "validation_inference_steps", "lr_num_cycles")  # fmt: skip
+                "timestep_sigma", "validation_duration_s", "validation_inference_steps", "lr_num_cycles",
+                "adam_epsilon")  # fmt: skip
     for name in positive:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name} must be positive, not {value}.")
-    for name in ("lr_warmup_steps", "num_validation_samples", "dataloader_num_workers", "min_duration_s"):
+    for name in ("lr_warmup_steps", "num_validation_samples", "dataloader_num_workers", "min_duration_s", "lr_power",
+                 "adam_weight_decay"):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < 0:
             raise UsageError(f"--{name} must not be negative, not {value}.")
     if args.cfg_dropout is not None and not 0 <= args.cfg_dropout <= 1:
         raise UsageError(f"--cfg_dropout must be in [0, 1], not {args.cfg_dropout}.")
+    for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UsageError(f"--{name} must be in [0, 1), not {getattr(args, name)}.")
+    if not 0 <= args.seed < 2**63:
+        raise UsageError(f"--seed must be in [0, 2**63), not {args.seed}.")
     if not 2 <= args.max_duration_s <= 600:
         raise UsageError(f"--max_duration_s must be in [2, 600], the model's range, not {args.max_duration_s}.")
+    if args.validation_duration_s > 600:
+        raise UsageError(f"--validation_duration_s must be at most 600, not {args.validation_duration_s}.")
     if args.lr_scheduler not in LR_SCHEDULERS:
         raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler!r}.")
     check_trackers(args.report_to)
@@ -141,12 +156,14 @@ def choose_sources(args: argparse.Namespace) -> dict[str, str]:
     args.pretrained_model_name_or_path, model_from = default_model(args.pretrained_model_name_or_path)
     data = args.dataset_name
     data_from = "--dataset_name"
+    if data is not None and args.train_data_dir is not None:
+        raise UsageError("--dataset_name and --train_data_dir name two sources of data; give one of them.")
     if data is None:
         args.train_data_dir, data_from = default_data(args.train_data_dir)
         data = args.train_data_dir
+    output_from = "--output_dir" if args.output_dir else "from --exp_name" if args.exp_name else "from preset and data"
     if args.exp_name is None:
         args.exp_name = "-".join(filter(None, (args.preset, Path(data).resolve().name)))
-    output_from = "--output_dir" if args.output_dir else f"from {'--exp_name' if args.exp_name else 'the preset'}"
     args.output_dir = Path(args.output_dir).expanduser() if args.output_dir else Path("output") / args.exp_name
     return {
         "Preset": args.preset or "none",

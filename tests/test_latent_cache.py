@@ -1,0 +1,356 @@
+"""The latent cache: what training reads is, to the bit, what inference computes; and when it is computed again."""
+
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
+from diffusers.pipelines.ace_step import AceStepConditionEncoder
+from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import Qwen3Model
+
+from acestep_pipeline import ACEStepPipeline
+from acestep_pipeline.conditioning import PromptFields, context_latents, encode_condition
+from acestep_pipeline.data.audio import read_audio, write_audio
+from acestep_pipeline.data.batching import DrawSettings, MicroBatch, MicroBatchDataset
+from acestep_pipeline.data.latent_cache import (
+    LatentCache,
+    crop_frames,
+    encode_latents,
+    fingerprint,
+    load_condition,
+    load_latents,
+    prepare_tracks,
+    prompt_fields,
+)
+from acestep_pipeline.data.tracks import load_tracks
+from acestep_pipeline.errors import RunError, UsageError
+from tests.training_runs import train_here
+
+LYRICS = "[verse]\nGrüße aus dem Funkhaus\n[chorus]\nla la la"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_dir):
+    """A pipeline that no test changes."""
+    pipeline = ACEStepPipeline.from_pretrained(tiny_dir)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def track(tmp_path_factory):
+    """2.3 s of stereo noise with all its text."""
+    folder = tmp_path_factory.mktemp("track")
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, round(2.3 * 48_000)))
+    write_audio(folder / "song.flac", noise)
+    (folder / "song.tags.txt").write_text("techno, dark, 909 drums")
+    (folder / "song.lyrics.txt").write_text(LYRICS)
+    (folder / "song.json").write_text('{"bpm": 128, "keyscale": "A minor", "timesignature": 4, "language": "de"}')
+    ((track,), _) = load_tracks(folder, show_progress=False)
+    return track
+
+
+@pytest.fixture
+def cache(tmp_path, pipeline):
+    return LatentCache(tmp_path / "latents", pipeline)
+
+
+@pytest.fixture
+def encodings():
+    """Names of the frozen models' modules that run, one entry a forward pass."""
+    ran = []
+    watched = {"OobleckEncoder": "vae", "Qwen3Model": "text encoder", "AceStepConditionEncoder": "condition encoder"}
+
+    def note(module, inputs):
+        if type(module).__name__ in watched:
+            ran.append(watched[type(module).__name__])
+
+    handle = register_module_forward_pre_hook(note)
+    yield ran
+    handle.remove()
+
+
+def files(cache):
+    """Every file in the cache with its content."""
+    root = cache.latents_dir.parent
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+# --- Equal to inference
+
+
+def test_cached_conditions_are_what_the_pipeline_feeds_its_transformer(cache, pipeline, track):
+    entry, problems = cache.prepare(track, 240.0)
+    assert not problems
+    assert entry.fields == PromptFields(
+        prompt="techno, dark, 909 drums",
+        lyrics=LYRICS,
+        vocal_language="de",
+        bpm=128,
+        keyscale="A minor",
+        timesignature="4",
+        audio_duration=2.0,
+    )
+    cached = load_condition(entry)
+    assert torch.equal(cached, encode_condition(pipeline, entry.fields).encoder_hidden_states)
+
+    fed = []
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append((kwargs["encoder_hidden_states"], kwargs["context_latents"])),
+        with_kwargs=True,
+    )
+    pipeline(**asdict(entry.fields), num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    hook.remove()
+    ((conditions, context),) = fed
+    assert conditions.shape == (1, entry.num_condition_tokens, 64)
+    assert torch.equal(cached, conditions[0])
+    assert torch.equal(context_latents(pipeline.condition_encoder.silence_latent, entry.crop_frames), context[0])
+
+
+def test_cached_latents_are_the_vae_s(cache, pipeline, track):
+    entry, _ = cache.prepare(track, 240.0)
+    waveform = torch.from_numpy(read_audio(track.audio))[None, :, : entry.num_frames * 1920]
+    assert (entry.num_frames, entry.crop_frames) == (57, 50)
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(waveform).latent_dist
+    cached = load_latents(entry)
+    assert torch.equal(cached["mean"], posterior.mean[0].T)
+    assert torch.equal(cached["std"], posterior.std[0].T)
+    assert cached["mean"].dtype == torch.float32
+
+
+def test_tiles_make_the_latents_of_one_pass(pipeline):
+    """5.6 s: two tiles of 5 s that overlap."""
+    waveform = torch.randn(1, 2, 140 * 1920, generator=torch.Generator().manual_seed(0)) * 0.1
+    with torch.no_grad():
+        tiled = pipeline.vae.encode(waveform).latent_dist.mean
+        pipeline.vae.disable_tiling()
+        whole = pipeline.vae.encode(waveform).latent_dist.mean
+        pipeline.vae.enable_tiling()
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-4)
+
+
+# --- Computed once, and again when it must be
+
+
+def test_nothing_is_encoded_twice(cache, pipeline, track, tmp_path, encodings):
+    first = cache.prepare(track, 240.0)
+    assert set(encodings) == {"vae", "text encoder", "condition encoder"}
+    before = files(cache)
+    encodings.clear()
+    assert cache.prepare(track, 240.0) == first
+    # A pipeline that has been used since, and the same audio under another name, find the same files.
+    again = LatentCache(tmp_path / "latents", pipeline)
+    assert again.prepare(replace(track, id="other"), 240.0)[0] == replace(first[0], id="other")
+    assert not encodings
+    assert files(cache) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "header"])
+def test_damaged_files_are_made_again(cache, track, damage):
+    entry, _ = cache.prepare(track, 240.0)
+    before = files(cache)
+    assert len(before) == 2
+    for file in (entry.latents_file, entry.condition_file):
+        content = file.read_bytes()
+        damaged = {
+            "cut": content[:-1],
+            "empty": b"",
+            "garbage": bytes(range(256)) * 40,
+            "header": b"\xff" * 8 + content[8:],
+        }
+        file.write_bytes(damaged[damage])
+    assert cache.prepare(track, 240.0) == (entry, [])
+    assert files(cache) == before
+
+
+def test_other_text_or_length_is_another_condition_of_the_same_latents(cache, track):
+    changes = [{}, {"tags": "techno"}, {"lyrics": "other"}, {"language": "en"}, {"bpm": None}, {"keyscale": "C major"},
+               {"timesignature": "3"}]  # fmt: skip
+    longer = replace(cache.prepare(track, 240.0)[0].fields, audio_duration=4.0)
+    entries = [cache.prepare(replace(track, **change), 240.0)[0] for change in changes]
+    conditions = {entry.condition_file for entry in entries} | {cache._condition(longer)[0]}
+    assert len(conditions) == len(changes) + 1
+    assert len({load_file(file)["encoder_hidden_states"].numpy().tobytes() for file in conditions}) == len(conditions)
+    assert len({entry.latents_file for entry in entries}) == 1
+
+
+def test_another_model_never_finds_these_files(tmp_path, tiny_pipeline):
+    original = LatentCache(tmp_path, tiny_pipeline)
+
+    def same():
+        changed = LatentCache(tmp_path, tiny_pipeline)
+        return changed.latents_dir == original.latents_dir, changed.conditions_dir == original.conditions_dir
+
+    assert same() == (True, True)
+    for module, name, expected in (
+        (tiny_pipeline.vae, "encoder.conv1.bias", (False, True)),
+        (tiny_pipeline.text_encoder, "embed_tokens.weight", (True, False)),
+        (tiny_pipeline.condition_encoder, "silence_latent", (True, False)),
+    ):
+        tensor = module.state_dict()[name]
+        value = tensor.clone()
+        tensor.view(-1)[-1] += 1e-3
+        assert same() == expected
+        tensor.copy_(value)
+        assert same() == (True, True)
+    tiny_pipeline.tokenizer.add_tokens(["techno"])
+    assert same() == (True, False)
+    tiny_pipeline.vae.bfloat16()
+    assert same() == (False, False)
+
+
+def test_a_fingerprint_tells_names_dtypes_and_values_apart():
+    def linear(value=0.0, dtype=torch.float32):
+        module = torch.nn.Linear(2, 2, dtype=dtype)
+        torch.nn.init.constant_(module.weight, value)
+        torch.nn.init.zeros_(module.bias)
+        return module
+
+    prints = [
+        fingerprint(linear()),
+        fingerprint(linear(1.0)),
+        fingerprint(linear(dtype=torch.bfloat16)),
+        fingerprint(torch.nn.Sequential(linear())),
+        fingerprint(linear(), linear()),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint(linear()) == prints[0]
+
+
+def test_many_at_once_make_whole_files(cache, pipeline, track):
+    """More threads than cores, each with a cache of its own, all on one track."""
+    start = threading.Barrier(6)
+
+    def prepare(_):
+        own = LatentCache(cache.latents_dir.parents[1], pipeline)
+        start.wait()
+        entry, problems = own.prepare(track, 240.0)
+        return entry, problems, load_latents(entry)["mean"], load_condition(entry)
+
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(prepare, range(6)))
+    alone = encode_latents(pipeline.vae, track.audio)["mean"]
+    assert all(result[:2] == results[0][:2] for result in results)
+    assert all(torch.equal(result[2], alone) and torch.equal(result[3], results[0][3]) for result in results)
+    assert len(files(cache)) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_a_usage_error(tmp_path, pipeline):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="--latent_cache_dir .*/file/latents can't be written"):
+        LatentCache(tmp_path / "file" / "latents", pipeline)
+
+
+def test_a_file_that_cannot_be_written_says_what_to_do(cache, track):
+    for folder in (cache.latents_dir, cache.conditions_dir):
+        folder.rmdir()
+        folder.touch()
+    with pytest.raises(RunError, match="--latent_cache_dir"):
+        cache.prepare(track, 240.0)
+
+
+# --- Lengths
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "max_duration_s", "expected"),
+    [
+        (49, 240.0, 0),
+        (50, 240.0, 50),
+        (99, 240.0, 50),
+        (100, 240.0, 100),
+        (30_000, 240.0, 6000),
+        (30_000, 241.9, 6000),
+        (30_000, 600.0, 15_000),
+        (1000, 2.0, 50),
+        (1000, 3.99, 50),
+        (1000, 1.99, 0),
+    ],
+)
+def test_crops_are_the_longest_even_number_of_seconds(num_frames, max_duration_s, expected):
+    assert crop_frames(num_frames, max_duration_s, 25.0) == expected
+
+
+def test_the_model_is_told_the_length_of_the_crop(track):
+    assert prompt_fields(track, 2.0).audio_duration == 2.0
+
+
+def test_tracks_without_a_crop_are_skipped_with_their_length(cache, track, tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, 48_000))
+    write_audio(tmp_path / "one_second.wav", noise)
+    write_audio(tmp_path / "click.wav", noise[:, :1000])
+    tracks, _ = load_tracks(tmp_path, show_progress=False)
+    cached, problems = prepare_tracks(cache, [*tracks, track], max_duration_s=240.0, show_progress=False)
+    assert [entry.id for entry in cached] == ["song.flac"]
+    assert {problem.track: problem.reason for problem in problems} == {
+        "click.wav": "it holds less than one latent frame of audio",
+        "one_second.wav": "it decodes to 1.0 s; a crop needs at least 2 s",
+    }
+
+
+def test_crops_start_anywhere_and_never_pass_the_end(cache, track, tmp_path):
+    """A track ten times as long as the crop, at many updates."""
+    mean = torch.arange(505.0)[:, None].expand(-1, 16)
+    entry, _ = cache.prepare(track, 2.0)
+    save_file({"mean": mean.contiguous(), "std": torch.zeros(505, 16)}, entry.latents_file)
+    entry, _ = cache.prepare(track, 2.0)
+    assert (entry.num_frames, entry.crop_frames) == (505, 50)
+    updates = range(600)
+    dataset = MicroBatchDataset(
+        [entry],
+        [MicroBatch(update, (0,), (0,)) for update in updates],
+        DrawSettings(seed=0, cfg_dropout=0.0, mu=0.0, sigma=1.0),
+    )
+    starts = []
+    for index in updates:
+        (latents,) = dataset[index]["latents"]
+        assert latents.shape == (50, 16)
+        assert torch.equal(latents[:, 0], latents[0, 0] + torch.arange(50.0))
+        starts.append(int(latents[0, 0]))
+    # 456 places, the last of which ends with the track.
+    assert min(starts) >= 0 and max(starts) <= 455
+    assert min(starts) < 20 and max(starts) > 435 and len(set(starts)) > 250
+
+
+def test_context_latents_are_silence_from_its_start_and_ones():
+    silence = torch.randn(1, 30, 4)
+    short, long = context_latents(silence, 8), context_latents(silence, 70)
+    assert torch.equal(short, torch.cat([silence[0, :8], torch.ones(8, 4)], dim=-1))
+    assert torch.equal(long[:, :4], torch.cat([silence[0], silence[0], silence[0, :10]]))
+    assert torch.equal(long[:, 4:], torch.ones(70, 4))
+
+
+# --- Memory
+
+
+def test_only_the_transformer_is_in_memory_while_training(demo_dir, tmp_path):
+    frozen = (AutoencoderOobleck, Qwen3Model, AceStepConditionEncoder)
+
+    def alive():
+        return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), frozen)}
+
+    gc.collect()
+    before, encoding, training = alive(), [], []
+
+    def look(module, inputs):
+        if isinstance(module, AceStepConditionEncoder):
+            encoding.append(len(alive() - before))
+        elif isinstance(module, AceStepTransformer1DModel):
+            training.append(len(alive() - before))
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        train_here(
+            demo_dir, tmp_path / "out", max_train_steps=2, max_train_samples=1, latent_cache_dir=tmp_path / "cache"
+        )
+    finally:
+        handle.remove()
+    assert encoding == [3]
+    assert training == [0, 0]

@@ -1,0 +1,414 @@
+"""Reading tracks from folders and datasets: which files, which text wins, what is warned about."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+from datasets import Audio, Dataset, DatasetDict
+
+from acestep_pipeline.data.tracks import (
+    Problem,
+    dataset_fingerprint,
+    describe_problems,
+    find_audio_files,
+    load_tracks,
+    normalise_tags,
+    read_sidecars,
+)
+from acestep_pipeline.errors import UsageError
+
+NO_TAGS = "it has no tags and trains with an empty caption; describe it in a .tags.txt beside it"
+
+
+def write_clip(path, *, duration_s=0.5, seed=0):
+    """Quiet noise at 8 kHz mono, as WAV whatever the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).normal(0, 0.05, round(8000 * duration_s))
+    soundfile.write(os.fsencode(path), noise, 8000, format="WAV")
+    return path
+
+
+def read(source=None, **options):
+    return load_tracks(source, show_progress=False, **options)
+
+
+def read_one(folder):
+    """The only track of `folder` and the reasons given about it."""
+    (track,), problems = read(folder)
+    return track, [problem.reason for problem in problems]
+
+
+@pytest.fixture
+def song(tmp_path):
+    return write_clip(tmp_path / "song.wav")
+
+
+def beside(song, suffix, content):
+    path = song.with_name(song.stem + suffix)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+# --- Sidecars
+
+
+def test_each_sidecar_overrules_the_one_before(song):
+    beside(song, ".json", '{"tags": "from json", "lyrics": "json words", "genre": "folk"}')
+    assert read_sidecars(song)[0] == {"tags": "from json", "lyrics": "json words", "genre": "folk"}
+    beside(song, ".caption", "from caption")
+    assert read_sidecars(song)[0]["tags"] == "from caption"
+    beside(song, ".txt", "from txt")
+    assert read_sidecars(song)[0]["tags"] == "from txt"
+    beside(song, ".tags.txt", "from tags.txt")
+    beside(song, ".lyrics.txt", "sung words")
+    assert read_sidecars(song) == ({"tags": "from tags.txt", "lyrics": "sung words", "genre": "folk"}, [])
+
+
+@pytest.mark.parametrize("name", ["tags", "caption", "prompt"])
+def test_json_names_tags_in_three_ways(song, name):
+    beside(song, ".json", f'{{"{name}": "jazz", "key": "A minor", "time_signature": 3, "vocal_language": "de"}}')
+    track, reasons = read_one(song.parent)
+    assert (track.tags, track.keyscale, track.timesignature, track.language) == ("jazz", "A minor", "3", "de")
+    assert not reasons
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(song):
+    beside(song, ".tags.txt", b"\xef\xbb\xbfjazz")
+    beside(song, ".json", b'\xef\xbb\xbf{"genre": "jazz"}')
+    track, reasons = read_one(song.parent)
+    assert (track.tags, track.genre, reasons) == ("jazz", "jazz", [])
+
+
+def test_a_sidecar_that_is_not_utf8_is_named_and_the_next_one_is_used(song):
+    beside(song, ".tags.txt", "Größe".encode("latin-1"))
+    beside(song, ".txt", "jazz")
+    beside(song, ".lyrics.txt", "words".encode("utf-16"))
+    track, reasons = read_one(song.parent)
+    assert (track.tags, track.lyrics) == ("jazz", "[Instrumental]")
+    assert reasons == [
+        "song.tags.txt is not readable as UTF-8 text and is left out",
+        "song.lyrics.txt is not readable as UTF-8 text and is left out",
+    ]
+
+
+@pytest.mark.parametrize("content", ['["jazz"]', '"jazz"', "null", "{", "", "[" * 100_000, '{"a":' * 100_000])
+def test_json_that_is_no_object_is_named(song, content):
+    beside(song, ".json", content)
+    beside(song, ".tags.txt", "jazz")
+    track, reasons = read_one(song.parent)
+    assert (track.tags, reasons) == ("jazz", ["song.json is not a JSON object and is left out"])
+
+
+def test_lists_are_joined_and_other_values_are_named(song):
+    beside(song, ".json", '{"tags": ["jazz", "piano", 1980], "lyrics": ["one", "two"], "genre": {"main": "jazz"}}')
+    track, reasons = read_one(song.parent)
+    assert (track.tags, track.lyrics, track.genre) == ("jazz, piano, 1980", "one\ntwo", "")
+    assert reasons == ["its genre is neither text, a number nor a list of them and is left out"]
+
+
+def test_half_a_surrogate_pair_does_not_reach_the_tokenizer(song):
+    beside(song, ".json", r'{"tags": "jazz \ud83d", "lyrics": "\udc00 words", "language": "\ud83d\ude00"}')
+    track, _ = read_one(song.parent)
+    assert (track.tags, track.lyrics, track.language) == ("jazz ?", "? words", "😀")
+
+
+def test_a_track_without_tags_takes_its_genre_or_nothing_and_says_so(song):
+    assert read_one(song.parent)[1] == [NO_TAGS]
+    beside(song, ".json", '{"genre": "folk"}')
+    track, reasons = read_one(song.parent)
+    assert track.tags == "folk"
+    assert reasons == ["it has no tags and trains with its genre 'folk'; describe it in a .tags.txt beside it"]
+    beside(song, ".tags.txt", " ,\n, ")
+    assert read_one(song.parent)[0].tags == "folk"
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("Jazz, piano,jazz ,PIANO", "Jazz, piano"),
+        ("warm  pads\nslow\r\n\n  warm pads", "warm pads, slow"),
+        ("a,,b,", "a, b"),
+        ("Straße, STRASSE", "Straße"),
+        (" \n", ""),
+        ("größe 🎹", "größe 🎹"),
+    ],
+)
+def test_tags_are_trimmed_and_not_repeated(tags, expected):
+    assert normalise_tags(tags) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [('"120 BPM"', 120), ('"bpm 96"', 96), ("119.6", 120), ('"30"', 30), ("300", 300), ("null", None), ('""', None)],
+)
+def test_bpm(song, value, expected):
+    beside(song, ".json", f'{{"tags": "jazz", "bpm": {value}}}')
+    track, reasons = read_one(song.parent)
+    assert (track.bpm, reasons) == (expected, [])
+
+
+@pytest.mark.parametrize("value", ['"abc"', "5", "0", "301", "NaN", "Infinity", "true", '"120-130"'])
+def test_a_bpm_that_cannot_be_is_named_and_left_out(song, value):
+    beside(song, ".json", f'{{"tags": "jazz", "bpm": {value}}}')
+    track, (reason,) = read_one(song.parent)
+    assert track.bpm is None
+    assert reason.startswith("its bpm ") and reason.endswith(" is not between 30 and 300; left empty")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [('"4/4"', "4"), ('" 6 / 8 "', "6"), ("3", "3"), ('"2"', "2"), ("null", None)]
+)
+def test_time_signature(song, value, expected):
+    beside(song, ".json", f'{{"tags": "jazz", "timesignature": {value}}}')
+    track, reasons = read_one(song.parent)
+    assert (track.timesignature, reasons) == (expected, [])
+
+
+def test_a_time_signature_the_model_does_not_know_is_named_and_left_out(song):
+    beside(song, ".json", '{"tags": "jazz", "timesignature": "5"}')
+    track, reasons = read_one(song.parent)
+    assert track.timesignature is None
+    assert reasons == ["its time signature '5' is not 2, 3, 4 or 6; left empty"]
+
+
+def test_no_lyrics_means_instrumental(song):
+    beside(song, ".json", '{"tags": "jazz", "lyrics": "json words"}')
+    assert read_one(song.parent)[0].lyrics == "json words"
+    beside(song, ".lyrics.txt", " \n")
+    assert read_one(song.parent)[0].lyrics == "[Instrumental]"
+
+
+# --- Which files
+
+
+def test_nested_folders_come_in_a_fixed_order_and_hidden_files_do_not(tmp_path):
+    for name in ("b/z.wav", "b/a/x.wav", "a.wav", "B.WAV", ".hidden.wav", ".git/x.wav", "b/._z.wav"):
+        write_clip(tmp_path / name)
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "notes.txt").write_text("no audio")
+    expected = ["B.WAV", "a.wav", "b/a/x.wav", "b/z.wav"]
+    assert [path.relative_to(tmp_path).as_posix() for path in find_audio_files(tmp_path)] == expected
+    assert [track.id for track in read(tmp_path)[0]] == expected
+
+
+def test_a_hidden_folder_can_be_the_data_folder(tmp_path):
+    write_clip(tmp_path / ".music" / "a.wav")
+    assert [track.id for track in read(tmp_path / ".music")[0]] == ["a.wav"]
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path):
+    write_clip(tmp_path / "elsewhere" / "a.wav")
+    music = tmp_path / "music"
+    write_clip(music / "b.wav")
+    (music / "album").symlink_to(tmp_path / "elsewhere")
+    (music / "loop").symlink_to(music)
+    (tmp_path / "elsewhere" / "back").symlink_to(music)
+    (music / "self.wav").symlink_to(music / "self.wav")
+    (music / "gone.wav").symlink_to(tmp_path / "nothing.wav")
+    tracks, problems = read(music)
+    assert [track.id for track in tracks] == ["album/a.wav", "b.wav"]
+    skipped = {problem.track: problem.reason for problem in problems if problem.skipped}
+    assert skipped.keys() == {"gone.wav", "self.wav"}
+    assert skipped["gone.wav"] == "the file does not exist"
+
+
+def test_other_files_are_never_taken_for_a_tracks_text(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        write_clip(tmp_path / name)
+    for name in ("demo.json", "LICENSE.txt", "a.license.txt", "a.wav.txt", "copyright", "README.txt", "aa.tags.txt"):
+        (tmp_path / name).write_text('{"tags": "wrong", "lyrics": "wrong"}')
+    tracks, problems = read(tmp_path)
+    assert [(track.tags, track.lyrics, track.genre) for track in tracks] == [("", "[Instrumental]", "")] * 2
+    assert problems == [Problem(name, NO_TAGS, skipped=False) for name in ("a.wav", "b.wav")]
+
+
+def test_formats_that_cannot_be_read_are_named_with_the_reason(song):
+    beside(song, ".tags.txt", "jazz")
+    song.with_name("phone.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(2000))
+    tracks, problems = read(song.parent)
+    assert [track.id for track in tracks] == ["song.wav"]
+    assert describe_problems(problems) == ["  skipped  phone.m4a: MP4/M4A is not supported: convert it to flac or wav"]
+
+
+def test_any_file_name_is_one_printable_line(tmp_path):
+    names = ["größe.wav", "ピアノ 🎹.wav", "two\nlines\t.wav", os.fsdecode(b"latin-\xff.wav"), "x" * 250 + ".wav"]
+    for name in names:
+        write_clip(tmp_path / name)
+    (tmp_path / "ピアノ 🎹.tags.txt").write_text("piano")
+    (tmp_path / "two\nlines\t.tags.txt").write_bytes(b"\xff")
+    tracks, problems = read(tmp_path)
+    ids = {track.id: track for track in tracks}
+    assert ids.keys() == {
+        "größe.wav", "ピアノ 🎹.wav", r"two\nlines\t.wav", r"latin-\udcff.wav", "x" * 250 + ".wav",
+    }  # fmt: skip
+    assert ids["ピアノ 🎹.wav"].tags == "piano"
+    lines = describe_problems(problems)
+    assert r"  warning  two\nlines\t.wav: two\nlines\t.tags.txt is not readable as UTF-8 text and is left out" in lines
+    assert all(len(line.encode().splitlines()) == 1 for line in lines)
+
+
+def test_names_that_print_alike_stay_two_tracks(tmp_path):
+    write_clip(tmp_path / "a\n.wav", seed=0)
+    write_clip(tmp_path / r"a\n.wav", seed=1)
+    tracks, _ = read(tmp_path)
+    assert [track.id for track in tracks] == [r"a\n.wav", r"a\n.wav (2)"]
+    assert tracks[0].sha256 != tracks[1].sha256
+
+
+def test_short_tracks_are_skipped_and_only_the_first_usable_are_taken(tmp_path):
+    for index, duration_s in enumerate((0.5, 3.0, 2.0, 2.5)):
+        write_clip(tmp_path / f"{index}.wav", duration_s=duration_s)
+    tracks, problems = read(tmp_path, min_duration_s=2.0, max_train_samples=2)
+    assert [track.id for track in tracks] == ["1.wav", "2.wav"]
+    (skipped,) = (problem for problem in problems if problem.skipped)
+    assert skipped == Problem("0.wav", "it is 0.5 s long, shorter than --min_duration_s 2", skipped=True)
+
+
+def test_the_summary_puts_skipped_tracks_first_and_ends_somewhere():
+    problems = [Problem(f"{index}.wav", "odd", skipped=index == 99) for index in range(100)]
+    lines = describe_problems(problems)
+    assert lines[0] == "  skipped  99.wav: odd"
+    assert len(lines) == 41 and lines[-1] == "  … and 60 more"
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/music", "nowhere", "song.wav"])
+def test_what_is_no_folder_is_refused(song, source):
+    source = source if "://" in source else str(song.parent / source)
+    with pytest.raises(UsageError, match="--train_data_dir .*(is not a folder|copy it to a folder first)"):
+        read(source)
+
+
+# --- Datasets
+
+
+def row(song, **fields):
+    return {"audio": {"bytes": song.read_bytes(), "path": song.name}, **fields}
+
+
+def dataset_of(rows):
+    return Dataset.from_list(rows).cast_column("audio", Audio(decode=False))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two tracks with all their text, and the same as rows of a dataset."""
+    first, second = (write_clip(tmp_path / "music" / f"{name}.wav", seed=index) for index, name in enumerate("ab"))
+    beside(first, ".json", '{"genre": "jazz", "bpm": 120, "keyscale": "C major", "timesignature": "4/4"}')
+    beside(first, ".tags.txt", "jazz, piano")
+    beside(second, ".json", '{"tags": ["folk", "voice"], "lyrics": "words", "language": "en"}')
+    return tmp_path / "music"
+
+
+@pytest.fixture
+def rows(folder):
+    jazz = {"tags": "jazz, piano", "genre": "jazz", "bpm": 120, "keyscale": "C major", "timesignature": "4"}
+    folk = {"tags": "folk, voice", "lyrics": "words", "language": "en"}
+    columns = dict.fromkeys(("tags", "lyrics", "language", "genre", "bpm", "keyscale", "timesignature"))
+    return [row(folder / f"{name}.wav", id=f"{name}.wav", **{**columns, **fields})
+            for name, fields in (("a", jazz), ("b", folk))]  # fmt: skip
+
+
+def without_audio(tracks):
+    return [{name: value for name, value in vars(track).items() if name != "audio"} for track in tracks]
+
+
+@pytest.mark.parametrize("kind", ["Dataset", "DatasetDict", "parquet"])
+def test_a_dataset_gives_the_same_tracks_as_the_folder(folder, rows, tmp_path, kind):
+    dataset, saved = dataset_of(rows), tmp_path / "dataset"
+    if kind == "parquet":
+        saved.mkdir()
+        dataset.to_parquet(saved / "train.parquet")
+        tracks, problems = read(dataset_name=str(saved))
+    else:
+        (dataset if kind == "Dataset" else DatasetDict({"train": dataset})).save_to_disk(saved)
+        tracks, problems = read(saved)
+    expected, _ = read(folder)
+    assert without_audio(tracks) == without_audio(expected)
+    assert not problems
+    assert tracks[1].audio == (folder / "b.wav").read_bytes()
+    assert dataset_fingerprint(tracks) == dataset_fingerprint(expected)
+
+
+def test_dataset_columns_may_be_lists_paths_and_other_names(song, tmp_path):
+    dataset = Dataset.from_list([{"audio": str(song), "caption": ["jazz", "piano"], "lyrics": ["one", "two"]}])
+    dataset.save_to_disk(tmp_path / "dataset")
+    ((track,), problems) = read(tmp_path / "dataset")
+    assert (track.tags, track.lyrics, track.audio, problems) == ("jazz, piano", "one\ntwo", song, [])
+
+
+def test_rows_of_one_id_stay_two_tracks(song, tmp_path):
+    dataset_of([row(song, id="x", tags="jazz"), row(song, id="x", tags="folk")]).save_to_disk(tmp_path / "dataset")
+    tracks, _ = read(tmp_path / "dataset")
+    assert [(track.id, track.tags) for track in tracks] == [("x", "jazz"), ("x (2)", "folk")]
+
+
+def test_a_row_without_usable_audio_is_skipped_by_name(song, tmp_path):
+    rows = [row(song, id="good", tags="jazz"), {"audio": {"bytes": b"RIFF", "path": None}, "id": "cut", "tags": "x"},
+            {"audio": None, "id": "none", "tags": "x"}]  # fmt: skip
+    dataset_of(rows).save_to_disk(tmp_path / "dataset")
+    tracks, problems = read(tmp_path / "dataset")
+    assert [track.id for track in tracks] == ["good"]
+    assert [(problem.track, problem.skipped) for problem in problems] == [("cut", True), ("none", True)]
+    assert problems[1].reason == "the file is empty"
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"tags": "x"}, "no column 'audio' .it has tags"),
+        ({"audio": 5, "tags": "x"}, "column 'audio' .* holds no audio"),
+    ],
+)
+def test_a_dataset_without_audio_is_refused(tmp_path, columns, reason):
+    Dataset.from_list([columns]).save_to_disk(tmp_path / "dataset")
+    with pytest.raises(UsageError, match=reason):
+        read(tmp_path / "dataset")
+
+
+def test_a_dataset_without_a_training_split_is_refused(rows, tmp_path):
+    DatasetDict({"test": dataset_of(rows)}).save_to_disk(tmp_path / "dataset")
+    with pytest.raises(UsageError, match=r"no split 'train' \(it has test\)"):
+        read(tmp_path / "dataset")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "state"])
+def test_a_damaged_dataset_is_refused_in_one_line(rows, tmp_path, damage):
+    saved = tmp_path / "dataset"
+    dataset_of(rows).save_to_disk(saved)
+    (arrow,) = saved.glob("*.arrow")
+    if damage == "cut":
+        os.truncate(arrow, arrow.stat().st_size // 2)
+    elif damage == "empty":
+        os.truncate(arrow, 0)
+    elif damage == "missing":
+        arrow.unlink()
+    else:
+        (saved / "state.json").write_text("{")
+    with pytest.raises(UsageError, match="is a damaged dataset .*build it again") as caught:
+        read(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--dataset_name nobody/nothing can't be loaded"):
+        read(dataset_name="nobody/nothing")
+    with pytest.raises(UsageError, match="can't be loaded"):
+        read(dataset_name=str(tmp_path))
+
+
+# --- Fingerprint
+
+
+def test_the_fingerprint_is_of_the_data_not_of_its_place(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    original = dataset_fingerprint(read(folder)[0])
+    assert dataset_fingerprint(read(tmp_path / "copy")[0]) == original
+    assert dataset_fingerprint(read(folder)[0][::-1]) == original
+    for name, content in (("a.tags.txt", "jazz, guitar"), ("b.json", '{"tags": "folk, voice", "lyrics": "other"}')):
+        shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)
+        (tmp_path / "changed" / name).write_text(content)
+        assert dataset_fingerprint(read(tmp_path / "changed")[0]) != original
+    shutil.copytree(folder, tmp_path / "other")
+    write_clip(tmp_path / "other" / "a.wav", seed=9)
+    assert dataset_fingerprint(read(tmp_path / "other")[0]) != original

@@ -1,0 +1,189 @@
+"""The flagship script, run for real on the tiny checkpoint and rendered clips."""
+
+import json
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+from diffusers import AceStepPipeline
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from acestep_pipeline import adapters
+from acestep_pipeline.data.latent_cache import fingerprint
+from tests.training_runs import ROOT, metrics, start, train_here
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+NAME = "ace-step-lora"
+
+
+@pytest.fixture(scope="module")
+def short_run(demo_dir, tmp_path_factory):
+    """A run of six updates with samples, its output directory, and the transformer it trained."""
+    output = tmp_path_factory.mktemp("short-run") / "adapter"
+    watched = []
+    original = adapters.add_lora
+
+    def watch(transformer, *args, **kwargs):
+        watched.append((transformer, fingerprint(transformer)))
+        parameters = original(transformer, *args, **kwargs)
+        watched.append({name: p.detach().clone() for name, p in transformer.named_parameters() if p.requires_grad})
+        return parameters
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapters, "add_lora", watch)
+        train_here(
+            demo_dir,
+            output,
+            max_train_steps=6,
+            gradient_accumulation_steps=2,
+            num_validation_samples=2,
+            validation_duration_s=2,
+            validation_inference_steps=2,
+            report_to="tensorboard",
+        )
+    (transformer, base_hash), initial = watched
+    return output, transformer, base_hash, initial
+
+
+def test_every_lora_parameter_changes_and_no_base_weight_does(short_run):
+    _, transformer, base_hash, initial = short_run
+    trained = dict(transformer.named_parameters())
+    assert len(initial) == 2 * 4 * 2 * 4, "A and B of q, k, v, out in both attentions of four blocks"
+    unchanged = [name for name, before in initial.items() if torch.equal(before, trained[name])]
+    assert not unchanged
+    transformer.unload_lora()
+    assert fingerprint(transformer) == base_hash
+
+
+def test_adapter_directory_is_as_promised(short_run):
+    output = short_run[0]
+    lines = metrics(output)
+    assert [line["update"] for line in lines] == list(range(1, 7))
+    assert all(set(line) == {"update", "epoch", "loss", "grad_norm", "lr"} for line in lines)
+    arguments = json.loads((output / "training_args.json").read_text())
+    assert arguments["arguments"]["rank"] == 4 and arguments["arguments"]["cfg_dropout"] == 0.15
+    assert {"versions", "model_sha256", "dataset_sha256", "git_commit"} <= arguments.keys()
+    card = ModelCard.load(output / "README.md")
+    assert card.data.library_name == "diffusers" and "lora" in card.data.tags
+    for name in ("sample-0_with_adapter.wav", "sample-1_without_adapter.wav"):
+        assert f"samples/{name}" in card.text and (output / "samples" / name).stat().st_size > 2 * 48000 * 2
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "checkpoint-6" / "trainer_state.json").is_file()
+    assert list((output / "logs").rglob("events.out.tfevents.*"))
+    assert not list(output.glob(".partial*"))
+
+
+def test_tensorboard_holds_the_same_losses(short_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = short_run[0]
+    (events,) = {path.parent for path in (output / "logs").rglob("events.out.tfevents.*") if path.parent.name == NAME}
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    logged = [scalar.value for scalar in accumulator.Scalars("loss")]
+    assert logged == pytest.approx([line["loss"] for line in metrics(output)], rel=1e-6)
+
+
+def test_the_adapter_loads_in_plain_diffusers_with_its_alpha_and_is_heard(short_run, tiny_dir):
+    pipeline = AceStepPipeline.from_pretrained(tiny_dir)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def latents():
+        generator = torch.Generator().manual_seed(0)
+        settings = {"audio_duration": 2.0, "num_inference_steps": 2, "output_type": "latent", "generator": generator}
+        return pipeline("techno", lyrics="[Instrumental]", **settings).audios
+
+    base = latents()
+    pipeline.load_lora_weights(short_run[0])
+    scalings = {module.scaling["default_0"] for module in pipeline.transformer.modules() if hasattr(module, "scaling")
+                and isinstance(module.scaling, dict)}  # fmt: skip
+    assert scalings == {8 / 4}
+    assert not torch.equal(base, latents())
+    pipeline.disable_lora()
+    assert torch.equal(base, latents())
+
+
+def test_the_loss_falls_when_overfitting_one_clip(demo_dir, tmp_path):
+    output = tmp_path / "overfit"
+    train_here(demo_dir, output, max_train_samples=1, max_train_steps=150, learning_rate=5e-3, rank=16, lora_alpha=32)
+    losses = [line["loss"] for line in metrics(output)]
+    # Knowing nothing costs 1 + var(x0), about 2; the first updates are before any learning.
+    assert sum(losses[-30:]) / 30 < 0.75 * sum(losses[:4]) / 4
+
+
+def test_the_same_update_however_it_is_divided(demo_dir, tmp_path):
+    """One forward pass of four items, or four of one: the same adapter, without dropout."""
+    results = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        output = tmp_path / f"{batch}x{accumulation}"
+        train_here(demo_dir, output, train_batch_size=batch, gradient_accumulation_steps=accumulation, lora_dropout=0,
+                   max_train_steps=3)  # fmt: skip
+        results.append((metrics(output), load_file(output / WEIGHTS)))
+    (metrics_a, adapter_a), (metrics_b, adapter_b) = results
+    for a, b in zip(metrics_a, metrics_b, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
+    for name, tensor in adapter_a.items():
+        assert torch.allclose(tensor, adapter_b[name], atol=2e-5), name
+
+
+def test_a_killed_run_resumes_to_the_bit(demo_dir, tmp_path):
+    """kill -9 between two checkpoints; then `latest` gives the adapter and metrics of a run left alone."""
+    settings = {"max_train_steps": 60, "checkpointing_steps": 10, "lora_dropout": 0.1, "lr_scheduler": "cosine"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(demo_dir, killed, **settings)
+    deadline = time.monotonic() + 120
+    while len((killed / "metrics.jsonl").read_text().splitlines() if (killed / "metrics.jsonl").exists() else []) < 13:
+        assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and not (killed / WEIGHTS).exists()
+    assert list(killed.glob("checkpoint-*")), "it was killed after a checkpoint"
+    done = len(metrics(killed))
+    assert 13 <= done < 60, "it was killed before the end"
+
+    resumed = start(demo_dir, killed, resume_from_checkpoint="latest", **settings)
+    log, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, log
+    assert "Resuming from" in log
+    uninterrupted = start(demo_dir, whole, **settings)
+    log, _ = uninterrupted.communicate(timeout=120)
+    assert uninterrupted.returncode == 0, log
+    assert (killed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert metrics(killed) == metrics(whole)
+
+
+def test_checkpoints_are_pruned_and_hold_an_adapter(demo_dir, tmp_path):
+    output = tmp_path / "pruned"
+    train_here(demo_dir, output, max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    assert load_file(output / "checkpoint-5" / WEIGHTS).keys() == load_file(output / WEIGHTS).keys()
+
+
+def test_two_processes_see_different_noise_and_end_with_equal_adapters(demo_dir, tmp_path):
+    output = tmp_path / "two"
+    settings = {"max_train_steps": 3, "lora_dropout": 0}
+    process = start(demo_dir, output, script=ROOT / "tests" / "two_process_probe.py", num_processes=2, **settings)
+    log, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, log
+    noises = [load_file(tmp_path / f"noise-{rank}.safetensors") for rank in (0, 1)]
+    assert len(noises[0]) == len(noises[1]) == 3
+    for index in noises[0]:
+        assert not torch.equal(noises[0][index], noises[1][index])
+    first, second = (load_file(tmp_path / f"adapter-{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    # And two processes are what one process does with twice the accumulation.
+    alone = tmp_path / "one"
+    train_here(demo_dir, alone, gradient_accumulation_steps=2, **settings)
+    for a, b in zip(metrics(output), metrics(alone), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    one = load_file(alone / WEIGHTS)
+    for name, tensor in load_file(output / WEIGHTS).items():
+        assert torch.allclose(tensor, one[name], atol=2e-5), name
