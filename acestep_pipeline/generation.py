@@ -1,5 +1,6 @@
 """From a prompt to audio files: one request, or the same one with and without an adapter."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,17 +9,26 @@ import torch
 
 from .conditioning import PromptFields
 from .data.audio import write_audio
+from .errors import UsageError
 from .pipeline import ACEStepPipeline
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How the flow is integrated. None takes the variant's default."""
+    """How the flow is integrated. None takes the variant's default; raises `UsageError` for an impossible value."""
 
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     shift: float | None = None
     seed: int = 0
+
+    def __post_init__(self):
+        for name, lowest in (("num_inference_steps", 1), ("guidance_scale", 0)):
+            value = getattr(self, name)
+            if value is not None and not lowest <= value < math.inf:
+                raise UsageError(f"--{name} must be at least {lowest}, not {value}.")
+        if self.shift is not None and not 0 < self.shift < math.inf:
+            raise UsageError(f"--shift must be positive, not {self.shift}.")
 
     def resolved(self, *, is_turbo: bool) -> "SamplingSettings":
         """Defaults filled in: turbo 8 steps, no guidance, shift 3; base and sft 50 steps, guidance 7, shift 1.

@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import AceStepTransformer1DModel
 from diffusers.pipelines.ace_step import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer, AceStepConditionEncoder
-from original_layout import write_original_dit
 from safetensors.torch import load_file, save_file
 
 from acestep_pipeline.checkpoint_conversion import load_dit_components, locate_original
 from acestep_pipeline.conditioning import context_latents
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.flow_matching import interpolate, squared_error_sum, velocity_target
+from tests.original_layout import write_original_dit
 
 GOLDEN = Path(__file__).parent / "golden" / "base"
 # As in the file `tests/golden/README.md` describes.

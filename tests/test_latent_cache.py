@@ -125,17 +125,6 @@ def test_cached_latents_are_the_vae_s(cache, pipeline, track):
     assert cached["mean"].dtype == torch.float32
 
 
-def test_tiles_make_the_latents_of_one_pass(pipeline):
-    """5.6 s: two tiles of 5 s that overlap."""
-    waveform = torch.randn(1, 2, 140 * 1920, generator=torch.Generator().manual_seed(0)) * 0.1
-    with torch.no_grad():
-        tiled = pipeline.vae.encode(waveform).latent_dist.mean
-        pipeline.vae.disable_tiling()
-        whole = pipeline.vae.encode(waveform).latent_dist.mean
-        pipeline.vae.enable_tiling()
-    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-4)
-
-
 # --- Computed once, and again when it must be
 
 
@@ -152,22 +141,21 @@ def test_nothing_is_encoded_twice(cache, pipeline, track, tmp_path, encodings):
     assert files(cache) == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "header"])
-def test_damaged_files_are_made_again(cache, track, damage):
+def test_damaged_files_are_made_again(cache, track):
     entry, _ = cache.prepare(track, 240.0)
     before = files(cache)
     assert len(before) == 2
-    for file in (entry.latents_file, entry.condition_file):
-        content = file.read_bytes()
-        damaged = {
-            "cut": content[:-1],
-            "empty": b"",
-            "garbage": bytes(range(256)) * 40,
-            "header": b"\xff" * 8 + content[8:],
-        }
-        file.write_bytes(damaged[damage])
-    assert cache.prepare(track, 240.0) == (entry, [])
-    assert files(cache) == before
+    damages = (
+        lambda content: content[:-1],
+        lambda content: b"",
+        lambda content: bytes(range(256)) * 40,
+        lambda content: b"\xff" * 8 + content[8:],
+    )
+    for damage in damages:
+        for file in (entry.latents_file, entry.condition_file):
+            file.write_bytes(damage(file.read_bytes()))
+        assert cache.prepare(track, 240.0) == (entry, [])
+        assert files(cache) == before
 
 
 def test_other_text_or_length_is_another_condition_of_the_same_latents(cache, track):
@@ -226,7 +214,7 @@ def test_a_fingerprint_tells_names_dtypes_and_values_apart():
 
 def test_many_at_once_make_whole_files(cache, pipeline, track):
     """More threads than cores, each with a cache of its own, all on one track."""
-    start = threading.Barrier(6)
+    start = threading.Barrier(4)
 
     def prepare(_):
         own = LatentCache(cache.latents_dir.parents[1], pipeline)
@@ -234,8 +222,8 @@ def test_many_at_once_make_whole_files(cache, pipeline, track):
         entry, problems = own.prepare(track, 240.0)
         return entry, problems, load_latents(entry)["mean"], load_condition(entry)
 
-    with ThreadPoolExecutor(6) as pool:
-        results = list(pool.map(prepare, range(6)))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(prepare, range(4)))
     alone = encode_latents(pipeline.vae, track.audio)["mean"]
     assert all(result[:2] == results[0][:2] for result in results)
     assert all(torch.equal(result[2], alone) and torch.equal(result[3], results[0][3]) for result in results)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,7 @@ import pytest
 import torch
 from diffusers import AceStepPipeline, AceStepTransformer1DModel, DiffusionPipeline
 from diffusers.pipelines.ace_step import AceStepConditionEncoder
-from hub_server import Hub, serve_hub
-from original_layout import write_original_checkpoint
+from safetensors.torch import load_file
 
 from acestep_pipeline import ACEStepPipeline
 from acestep_pipeline.checkpoint_conversion import OriginalCheckpoint
@@ -22,6 +22,8 @@ from acestep_pipeline.conditioning import MAX_TEXT_TOKENS, PromptFields, count_l
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.pipeline import prepend_timbre_special_token, resolve_checkpoint
 from acestep_pipeline.tiny_checkpoint import build_tiny_pipeline, build_tokenizer, write_tiny_checkpoint
+from tests.hub_server import serve_hub
+from tests.original_layout import write_original_checkpoint
 
 # Plain diffusers' Oobleck, loaded here for comparison, uses it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -142,7 +144,7 @@ def test_s3_address_says_what_to_do():
 
 def test_tiled_encoding_equals_one_pass(tiny_pipeline):
     vae = tiny_pipeline.vae
-    samples = round(6.1 * 48_000)  # 152.5 frames
+    samples = round(5.1 * 48_000)  # 127.5 frames
     waveform = 0.3 * torch.randn(1, 2, samples, generator=torch.Generator().manual_seed(0))
     assert vae.use_tiling
     assert samples > vae.tile_sample_min_length, "or there is only one tile"
@@ -325,24 +327,23 @@ def test_2b_conditions_are_plain_diffusers(tiny_dir, tiny_pipeline):
 # ---------------------------------------------------------------------------------------------------------------------
 # The Hub
 
-# Each repository's transformer and text encoder carry a number, so that a test sees which ones were loaded.
-LOAD = """
+# Answers each line of cases on stdin with a line: where each checkpoint's parts are, or the `UsageError`'s message.
+RESOLVE = """
 import json, sys
-from acestep_pipeline import ACEStepPipeline
 from acestep_pipeline.errors import UsageError
+from acestep_pipeline.pipeline import resolve_checkpoint
 
-answers = []
-for name, variant_dir, revision in json.loads(sys.argv[1]):
+def resolve(name, variant_dir, revision):
     try:
-        pipeline = ACEStepPipeline.from_pretrained(
-            name, variant_dir=variant_dir, revision=revision, cache_dir=sys.argv[2]
-        )
-        marks = pipeline.transformer.norm_out.weight[0].item(), pipeline.text_encoder.norm.weight[0].item()
-        answers.append([round(mark) for mark in marks])
+        found = resolve_checkpoint(name, variant_dir=variant_dir, revision=revision, cache_dir=sys.argv[1])
     except UsageError as error:
-        answers.append(str(error))
-print(json.dumps(answers))
+        return str(error)
+    return {part: str(path) for part, path in getattr(found, "__dict__", {"diffusers": found}).items()}
+
+for line in sys.stdin:
+    print(json.dumps([resolve(*case) for case in json.loads(line)]), flush=True)
 """
+# Each repository's transformer and text encoder carry a number, so that a test sees which ones were found.
 # (name, variant_dir, revision): marks of the transformer and the text encoder.
 FOUND = {
     ("someone/tiny-diffusers", None, None): [11, 1],
@@ -402,49 +403,90 @@ def repositories(tiny_dir, tmp_path_factory) -> dict[str, dict[str, Path]]:
     }
 
 
-def load_in_a_process(cases: list[tuple], cache_dir: Path, url: str) -> dict[tuple, list[int] | str]:
-    """Load each case with a Hub at `url`: the marks, or the message of the `UsageError`."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": url, "HF_HOME": str(cache_dir), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    process = subprocess.run(
-        [sys.executable, "-c", LOAD, json.dumps(cases), str(cache_dir)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return dict(zip(cases, json.loads(process.stdout.splitlines()[-1]), strict=True))
+class HubUser:
+    """A process that resolves checkpoints, with the Hub at `url` and a cache of its own."""
+
+    def __init__(self, url: str, cache_dir: Path):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": url, "HF_HOME": str(cache_dir), "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", RESOLVE, str(cache_dir)]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def resolve(self, cases: list[tuple]) -> dict[tuple, dict | str]:
+        self.process.stdin.write(json.dumps(cases) + "\n")
+        self.process.stdin.flush()
+        return dict(zip(cases, json.loads(self.process.stdout.readline()), strict=True))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        assert self.process.wait(timeout=60) == 0
+
+
+@dataclass
+class HubSession:
+    """Every case resolved once from the served Hub, then some after it went down."""
+
+    online: dict[tuple, dict | str]
+    while_down: dict[tuple, dict | str]
+    downloads: list[str]
+    cache_dir: Path
+
+
+UNCACHED = ("someone/never-seen", None, None)
 
 
 @pytest.fixture(scope="module")
-def online(repositories, tmp_path_factory) -> tuple[dict, Hub, Path]:
-    """Every case loaded once from the served Hub: the answers, what was asked of the Hub, the cache (Hub stopped)."""
+def session(repositories, tmp_path_factory) -> HubSession:
     cache_dir = tmp_path_factory.mktemp("hub")
     with serve_hub(repositories) as hub:
-        answers = load_in_a_process([*FOUND, *REFUSED], cache_dir, hub.url)
-    return answers, hub, cache_dir
+        user = HubUser(hub.url, cache_dir)
+        online = user.resolve([*FOUND, *REFUSED])
+    while_down = user.resolve([*FOUND, UNCACHED])
+    user.close()
+    return HubSession(online, while_down, hub.downloads, cache_dir)
+
+
+def marks(parts: dict[str, str] | str) -> list[int]:
+    """The numbers in the transformer and the text encoder of what was found."""
+    assert isinstance(parts, dict), parts
+    if "diffusers" in parts:
+        folder = Path(parts["diffusers"])
+        files = folder / "transformer/diffusion_pytorch_model.safetensors", folder / "text_encoder/model.safetensors"
+    else:
+        files = Path(parts["dit"]) / "model.safetensors", Path(parts["text_encoder"]) / "model.safetensors"
+        assert (Path(parts["vae"]) / "diffusion_pytorch_model.safetensors").is_file()
+    transformer, text_encoder = (load_file(file) for file in files)
+    weight = transformer.get("norm_out.weight", transformer.get("decoder.norm_out.weight"))
+    return [round(weight[0].item()), round(text_encoder["norm.weight"][0].item())]
 
 
 @pytest.mark.parametrize("case", FOUND, ids=str)
-def test_hub_checkpoint_loads(online, case):
-    assert online[0][case] == FOUND[case]
+def test_hub_checkpoint_is_found(session, case):
+    assert marks(session.online[case]) == FOUND[case]
+    assert session.while_down[case] == session.online[case], "the cache serves while the Hub is down"
 
 
-def assert_refused(message: list[int] | str, *parts: str) -> None:
-    assert isinstance(message, str), "it loaded"
+def assert_refused(message: dict | str, *parts: str) -> None:
+    assert isinstance(message, str), message
     assert all(part in message for part in parts), message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=str)
-def test_hub_checkpoint_that_is_not_there_is_refused(online, case):
-    assert_refused(online[0][case], *REFUSED[case])
+def test_hub_checkpoint_that_is_not_there_is_refused(session, case):
+    assert_refused(session.online[case], *REFUSED[case])
 
 
-def test_only_needed_files_are_downloaded_and_only_once(online):
-    names = Counter(online[1].downloads)
+def test_uncached_checkpoint_while_the_hub_is_down(session):
+    assert_refused(session.while_down[UNCACHED], "someone/never-seen", "the Hub can't be reached")
+
+
+def test_only_needed_files_are_downloaded_and_only_once(session):
+    names = Counter(session.downloads)
     changed = "someone/tiny-diffusers/transformer/diffusion_pytorch_model.safetensors"
     assert [name for name, times in names.items() if times > 1] == [changed], "two revisions, one changed file"
     assert "ACE-Step/acestep-v15-base/model.safetensors" in names
@@ -456,44 +498,31 @@ def test_only_needed_files_are_downloaded_and_only_once(online):
     assert "someone/two/acestep-v15-turbo/model.safetensors" not in names, "nobody asked for this variant"
 
 
-def load_offline(case: tuple, cache_dir: Path) -> list[int]:
-    name, variant_dir, revision = case
-    pipeline = ACEStepPipeline.from_pretrained(
-        name, variant_dir=variant_dir, revision=revision, cache_dir=str(cache_dir)
-    )
-    return [round(pipeline.transformer.norm_out.weight[0].item()), round(pipeline.text_encoder.norm.weight[0].item())]
-
-
 @pytest.mark.parametrize("case", FOUND, ids=str)
-def test_cached_checkpoint_loads_offline(online, case):
+def test_cached_checkpoint_is_found_offline(session, case):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    assert load_offline(case, online[2]) == FOUND[case]
+    name, variant_dir, revision = case
+    found = resolve_checkpoint(name, variant_dir=variant_dir, revision=revision, cache_dir=str(session.cache_dir))
+    parts = found.__dict__ if isinstance(found, OriginalCheckpoint) else {"diffusers": found}
+    assert {part: str(path) for part, path in parts.items()} == session.online[case]
 
 
-def test_cached_checkpoint_loads_while_the_hub_is_down(online):
-    _, hub, cache_dir = online
-    cases = [("someone/tiny-diffusers", None, None), ("ACE-Step/acestep-v15-base", None, None)]
-    uncached = ("someone/never-seen", None, None)
-    answers = load_in_a_process([*cases, uncached], cache_dir, hub.url)
-    assert {case: answers[case] for case in cases} == {case: FOUND[case] for case in cases}
-    assert_refused(answers[uncached], "someone/never-seen", "the Hub can't be reached")
+def test_cached_checkpoint_generates_offline(session):
+    for name, mark in (("someone/tiny-diffusers", 11), ("ACE-Step/acestep-v15-base", 14)):
+        pipeline = ACEStepPipeline.from_pretrained(name, cache_dir=str(session.cache_dir))
+        assert pipeline.transformer.norm_out.weight[0].item() == mark
+        assert generate(pipeline).isfinite().all()
 
 
-def test_nothing_cached_and_offline(online, tmp_path):
+def test_nothing_cached_and_offline(tmp_path):
     for name in ("ACE-Step/acestep-v15-base", "someone/tiny-diffusers"):
         message = usage_error(name, cache_dir=str(tmp_path))
         assert repr(name) in message
         assert "can't be reached" in message
 
 
-def test_offline_with_only_a_part_cached(online, tmp_path):
+def test_offline_with_only_a_part_cached(session, tmp_path):
     """Only the DiT's repository is in the cache: the message names the one that is not."""
     name = "models--ACE-Step--acestep-v15-base"
-    shutil.copytree(online[2] / name, tmp_path / name, symlinks=True)
+    shutil.copytree(session.cache_dir / name, tmp_path / name, symlinks=True)
     assert "'ACE-Step/Ace-Step1.5'" in usage_error("ACE-Step/acestep-v15-base", cache_dir=str(tmp_path))
-
-
-def test_resolved_hub_checkpoint_lies_in_the_cache(online):
-    found = resolve_checkpoint("ACE-Step/acestep-v15-base", cache_dir=str(online[2]))
-    assert isinstance(found, OriginalCheckpoint)
-    assert all(online[2] in path.parents for path in (found.dit, found.vae, found.text_encoder))

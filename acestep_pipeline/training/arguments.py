@@ -173,15 +173,6 @@ def choose_sources(args: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def usable_precision(wanted: str, device) -> str:
-    """`wanted`, or `no` (fp32) for bf16 where the hardware would be slower with it."""
-    from ..hardware import bf16_is_fast
-
-    if wanted == "fp16" and device.type != "cuda":
-        raise UsageError(f"--mixed_precision fp16 needs a CUDA device, and this is {device.type}; use bf16 or no.")
-    return "no" if wanted == "bf16" and not bf16_is_fast(device) else wanted
-
-
 def fill_model_defaults(args: argparse.Namespace, config, *, is_turbo: bool) -> None:
     """What depends on the checkpoint: turbo is distilled and never runs guidance, so it needs no condition dropout."""
     from ..flow_matching import TIMESTEP_MU, TIMESTEP_SIGMA
@@ -192,3 +183,29 @@ def fill_model_defaults(args: argparse.Namespace, config, *, is_turbo: bool) -> 
         args.timestep_mu = getattr(config, "timestep_mu", TIMESTEP_MU)
     if args.timestep_sigma is None:
         args.timestep_sigma = getattr(config, "timestep_sigma", TIMESTEP_SIGMA)
+
+
+def resume_settings(args: argparse.Namespace) -> dict:
+    """What must be the same when a run is resumed. A run under a constant rate may be made longer."""
+    settings = {name: getattr(args, name) for name in RESUME_SETTINGS}
+    if args.lr_scheduler.startswith("constant"):
+        settings["num_updates"] = None
+    return settings
+
+
+def describe_run(
+    args: argparse.Namespace, facts: dict, *, num_tracks: int, training_s: float
+) -> list[tuple[str, str]]:
+    """The rows of the model card's table."""
+    model = f"`{args.pretrained_model_name_or_path}`" + (f", `{args.variant_dir}`" if args.variant_dir else "")
+    batch = f"{args.gradient_accumulation_steps} × {args.train_batch_size} tracks a process"
+    return [
+        ("base", f"{model} (SHA-256 of its DiT: `{facts['model_sha256'][:16]}…`)"),
+        ("tracks", str(num_tracks)),
+        ("LoRA", f"rank {args.rank}, alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}"),
+        ("targets", ", ".join(facts["lora"]["target_modules"])),
+        ("updates", f"{args.num_updates} of {batch}"),
+        ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} updates of warm-up"),
+        ("precision, seed", f"{args.mixed_precision}, {args.seed}"),
+        ("time", f"{training_s:.0f} s"),
+    ]

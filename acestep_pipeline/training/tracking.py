@@ -55,6 +55,13 @@ def write_training_args(output_dir: Path, *, arguments: dict, facts: dict) -> No
     write_text(Path(output_dir) / ARGS_NAME, json.dumps(content, indent=2, default=str) + "\n")
 
 
+def plain_values(values: dict) -> dict:
+    """Values as every tracker takes them: numbers, booleans and text."""
+    return {
+        name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in values.items()
+    }
+
+
 def environment_facts() -> dict:
     """Versions, platform and the git commit of this code (None outside a checkout)."""
     return {

@@ -1,0 +1,168 @@
+"""What stands before the loop: the accelerator, the tracks, the caches, and a DiT with an adapter and nothing else."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env
+
+from ..adapters import LoraSettings, add_lora, describe
+from ..data.latent_cache import CachedTrack, LatentCache, fingerprint, prepare_tracks
+from ..data.tracks import Problem, Track, dataset_fingerprint, describe_problems, load_tracks
+from ..errors import UsageError
+from ..hardware import bf16_is_fast, default_device
+from ..pipeline import ACEStepPipeline
+
+WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+
+
+@dataclass
+class TrainingInputs:
+    """All that is in memory while the DiT trains.
+
+    `silence_latent` is `[1, frames, channels]` float32, `null_condition_emb` `[1, 1, dim]`, both on the device;
+    `facts` are hashes and settings that name the run.
+    """
+
+    transformer: torch.nn.Module
+    lora_parameters: list[torch.nn.Parameter]
+    silence_latent: torch.Tensor
+    null_condition_emb: torch.Tensor
+    tracks: list[CachedTrack]
+    frames_per_second: float
+    is_turbo: bool
+    facts: dict
+
+
+def build_accelerator(
+    *, mixed_precision: str, report_to: str, output_dir: Path, logging_dir: str, allow_tf32: bool
+) -> Accelerator:
+    """An accelerator in the precision that this hardware is fast in: bf16 becomes fp32 where bf16 would be slower.
+
+    Raises:
+        UsageError: fp16 without a CUDA device.
+    """
+    # Said aloud, or a torchrun on a machine without a GPU becomes so many runs that know nothing of each other.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
+    device = PartialState(cpu=on_cpu).device
+    if mixed_precision == "fp16" and device.type != "cuda":
+        raise UsageError(f"--mixed_precision fp16 needs a CUDA device, and this is {device.type}; use bf16 or no.")
+    if mixed_precision == "bf16" and not bf16_is_fast(device):
+        mixed_precision = "no"
+    if allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=mixed_precision,
+        log_with=None if report_to == "none" else report_to,
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / logging_dir)),
+    )
+
+
+def prepare_inputs(
+    accelerator: Accelerator,
+    *,
+    checkpoint: dict,
+    train_data_dir: str | None,
+    dataset_name: str | None,
+    max_train_samples: int | None,
+    min_duration_s: float,
+    max_duration_s: float,
+    strict: bool,
+    latent_cache_dir: Path,
+    lora: LoraSettings,
+    gradient_checkpointing: bool,
+    seed: int,
+) -> TrainingInputs:
+    """Read the tracks, load the model, add the adapter, fill the cache, and let go of every frozen encoder.
+
+    Args:
+        accelerator: device, precision and process to work for; each process encodes its share of the tracks.
+        checkpoint: arguments of `ACEStepPipeline.from_pretrained` that name the model.
+        latent_cache_dir: where latents and conditions are kept.
+        The others are the script's flags.
+
+    Raises:
+        UsageError: no track is usable, one has to be skipped under `strict`, or model or targets are wrong.
+    """
+    tracks, problems = load_tracks(
+        train_data_dir,
+        dataset_name=dataset_name,
+        min_duration_s=min_duration_s,
+        max_train_samples=max_train_samples,
+        show_progress=accelerator.is_main_process,
+    )
+    report_problems(problems, strict=strict, say=accelerator.print)
+    device, weight_dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
+    pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype, vae_dtype=torch.float32)
+    facts = {
+        "model_sha256": fingerprint(pipeline.transformer),
+        "dataset_sha256": dataset_fingerprint(tracks),
+        "lora": describe(lora),
+    }
+    # Before the cache is filled, so that a wrong target fails early.
+    lora_parameters = add_lora(pipeline.transformer, lora, seed=seed)
+    cached = cache_tracks(
+        accelerator, pipeline, tracks, directory=latent_cache_dir, max_duration_s=max_duration_s, strict=strict
+    )
+    if gradient_checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
+    inputs = TrainingInputs(
+        transformer=pipeline.transformer.train(),
+        lora_parameters=lora_parameters,
+        silence_latent=pipeline.condition_encoder.silence_latent.to(device, torch.float32, copy=True),
+        null_condition_emb=pipeline.condition_encoder.null_condition_emb.detach().to(device, weight_dtype, copy=True),
+        tracks=cached,
+        frames_per_second=pipeline.latents_per_second,
+        is_turbo=pipeline.is_turbo,
+        facts=facts,
+    )
+    # The VAE, the text encoder and the condition encoder have done their work.
+    del pipeline
+    gc.collect()
+    return inputs
+
+
+def cache_tracks(
+    accelerator: Accelerator,
+    pipeline: ACEStepPipeline,
+    tracks: list[Track],
+    *,
+    directory: Path,
+    max_duration_s: float,
+    strict: bool,
+) -> list[CachedTrack]:
+    """Encode what the cache lacks, each process its share; every process gets all usable tracks, in order."""
+    for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.condition_encoder):
+        encoder.to(accelerator.device)
+    own, found = prepare_tracks(
+        LatentCache(directory, pipeline),
+        tracks[accelerator.process_index :: accelerator.num_processes],
+        max_duration_s=max_duration_s,
+        show_progress=accelerator.is_local_main_process,
+    )
+    problems = gather_object(found)
+    report_problems(problems, strict=strict, say=accelerator.print)
+    by_id = {entry.id: entry for entry in gather_object(own)}
+    if not by_id:
+        reasons = "; ".join(f"{problem.track}: {problem.reason}" for problem in problems if problem.skipped)
+        raise UsageError(f"no track can be trained on: {reasons[:2000]}")
+    return [by_id[track.id] for track in tracks if track.id in by_id]
+
+
+def report_problems(problems: list[Problem], *, strict: bool, say: Callable[[str], None]) -> None:
+    """Name every skipped track and every warning.
+
+    Raises:
+        UsageError: with `strict`, if a track was skipped.
+    """
+    skipped = [problem for problem in problems if problem.skipped]
+    if problems:
+        say(f"{len(skipped)} tracks skipped, {len(problems) - len(skipped)} warnings:")
+        say("\n".join(describe_problems(problems)))
+    if skipped and strict:
+        first = skipped[0]
+        raise UsageError(f"--strict: {len(skipped)} tracks can't be used, the first is {first.track}: {first.reason}.")
