@@ -132,6 +132,7 @@ def test_nothing_is_encoded_twice(cache, pipeline, track, tmp_path, encodings):
     first = cache.prepare(track, 240.0)
     assert set(encodings) == {"vae", "text encoder", "condition encoder"}
     before = files(cache)
+    pipeline.encode_prompt("other", "words", device=torch.device("cpu"))
     encodings.clear()
     assert cache.prepare(track, 240.0) == first
     # A pipeline that has been used since, and the same audio under another name, find the same files.
