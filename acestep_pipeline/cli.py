@@ -6,6 +6,7 @@ from pathlib import Path
 
 from . import doctor
 from .errors import UsageError, one_sentence_errors
+from .paths import cache_dir, default_data, default_model, probe_writable
 from .version import __version__
 
 
@@ -73,7 +74,6 @@ def _load_pipeline(args: argparse.Namespace):
     import torch
 
     from .hardware import bf16_is_fast, default_device
-    from .paths import default_model
     from .pipeline import ACEStepPipeline
 
     device = default_device()
@@ -106,6 +106,10 @@ def _generate(args: argparse.Namespace) -> int:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--lyrics {args.lyrics} can't be read as UTF-8 text: {error}.") from error
     adapter, scale = _split_scale(args.adapter) if args.adapter else (None, 1.0)
+    try:
+        probe_writable(args.output.parent)
+    except OSError as error:
+        raise UsageError(f"--output {args.output} can't be written ({error.strerror}); choose another.") from error
     pipeline = _load_pipeline(args)
     if adapter:
         pipeline.load_lora_weights(adapter, adapter_name="adapter")
@@ -143,7 +147,6 @@ def _split_scale(adapter: str) -> tuple[str, float]:
 def _cache(args: argparse.Namespace) -> int:
     from .data.latent_cache import LatentCache, prepare_tracks
     from .data.tracks import describe_problems, load_tracks
-    from .paths import cache_dir, default_data
 
     data, said = default_data(args.train_data_dir)
     print(f"Data: {data} ({said})", flush=True)

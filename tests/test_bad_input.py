@@ -432,7 +432,7 @@ def test_accelerate_launch_fails_with_the_same_sentence(tmp_path):
 def test_processes_that_look_at_one_output_directory_do_not_disturb_each_other(tmp_path):
     code = (
         "import sys; from pathlib import Path; from acestep_pipeline.training.run_directory import *\n"
-        "for _ in range(300): check_run_directory(Path(sys.argv[1]), resuming=False, overwrite=False)"
+        "for _ in range(60): check_run_directory(Path(sys.argv[1]), resuming=False, overwrite=False)"
     )
     ranks = [
         subprocess.Popen(

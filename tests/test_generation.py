@@ -189,6 +189,13 @@ def test_wrong_usage_is_one_line_and_leaves_no_file(tmp_path, capfd, name, argv,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_path, capfd):
+    (tmp_path / "file").write_text("in the way")
+    assert run_generate(tmp_path / "file" / "out.wav", "--pretrained_model_name_or_path", "./no-such-model") == 2
+    stderr = capfd.readouterr().err
+    assert stderr.count("\n") == 1 and "--output" in stderr and "no-such-model" not in stderr
+
+
 def test_debug_shows_the_error_itself(tmp_path):
     with pytest.raises(Exception, match="--output"):
         main(["--debug", "generate", "--prompt", "x", "--output", str(tmp_path / "out.m4a")])

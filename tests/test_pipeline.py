@@ -526,3 +526,14 @@ def test_offline_with_only_a_part_cached(session, tmp_path):
     name = "models--ACE-Step--acestep-v15-base"
     shutil.copytree(session.cache_dir / name, tmp_path / name, symlinks=True)
     assert "'ACE-Step/Ace-Step1.5'" in usage_error("ACE-Step/acestep-v15-base", cache_dir=str(tmp_path))
+
+
+def test_offline_with_one_of_two_variants_cached(session, tmp_path):
+    """As after `hf download --include` of one variant: the other one's absence doesn't matter."""
+    name = "models--someone--two"
+    shutil.copytree(session.cache_dir / name, tmp_path / name, symlinks=True)
+    (snapshot,) = (tmp_path / name / "snapshots").iterdir()
+    shutil.rmtree(snapshot / "acestep-v15-turbo")
+    for variant_dir in ("acestep-v15-sft", None):
+        found = resolve_checkpoint("someone/two", variant_dir=variant_dir, cache_dir=str(tmp_path))
+        assert found.dit == snapshot / "acestep-v15-sft"
