@@ -11,7 +11,8 @@ DATA ?=
 OUTPUT ?= output/make-train
 # Enough for the tiny checkpoint to move audibly; with a real one, use --preset c.
 TRAIN_FLAGS ?= --max_train_steps 200 --learning_rate 1e-3
-LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $$(nproc)
 
 .PHONY: help setup train test test-slow test-gpu style quality clean
 

@@ -17,7 +17,12 @@ import time
 from acestep_pipeline.errors import RunError, one_sentence_errors
 from acestep_pipeline.paths import cache_dir
 from acestep_pipeline.training import arguments
-from acestep_pipeline.training.run_directory import check_run_directory, clear_run
+from acestep_pipeline.training.run_directory import (
+    check_run_directory,
+    clear_run,
+    find_checkpoint,
+    list_checkpoints,
+)
 
 
 def check(args: argparse.Namespace) -> dict[str, str]:
@@ -26,6 +31,8 @@ def check(args: argparse.Namespace) -> dict[str, str]:
     arguments.check_args(args)
     resuming = args.resume_from_checkpoint is not None
     check_run_directory(args.output_dir, resuming=resuming, overwrite=args.overwrite_output_dir)
+    if resuming:
+        find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     return sources
 
 
@@ -127,7 +134,7 @@ def train(args: argparse.Namespace) -> None:
     settings |= {"num_processes": num_processes, "tracks": [track.id for track in tracks]}
     done, checkpoint = 0, None
     if args.resume_from_checkpoint is not None:
-        checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         if checkpoint is None:
             say(f"There is no checkpoint in {args.output_dir} yet: starting from the beginning.")
         else:
@@ -210,7 +217,7 @@ def train(args: argparse.Namespace) -> None:
             update_loss = accelerator.reduce(update_loss, "sum").item()
             if not (math.isfinite(update_loss) and math.isfinite(grad_norm)):
                 names = ", ".join(sorted({tracks[item].id for item in items}))
-                kept = checkpointing.list_checkpoints(args.output_dir)
+                kept = list_checkpoints(args.output_dir)
                 raise RunError(
                     f"the loss or gradient of update {done + 1} is not finite (tracks: {names}); try a lower "
                     f"--learning_rate or --max_grad_norm. Kept: {kept[-1] if kept else 'no checkpoint yet'}."
@@ -259,6 +266,7 @@ def train(args: argparse.Namespace) -> None:
             num_samples=args.num_validation_samples,
             duration_s=args.validation_duration_s,
         ),
+        example_prompt=tracks[0].fields.prompt,
         num_inference_steps=args.validation_inference_steps,
         seed=args.seed,
         card_rows=arguments.describe_run(args, facts, num_tracks=len(tracks), training_s=training_s),

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from .errors import UsageError
 from .files import sort_metadata, write_atomically
+from .paths import LORA_WEIGHTS_NAME
 
-LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 # The attention projections of every block, as diffusers names them: what the official trainer adapts.
 DEFAULT_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 # Spellings of the original files and of ACE-Step v1 -> diffusers' names.
@@ -63,7 +63,7 @@ def read_lora_config(path: Path) -> dict:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--lora_config {path} can't be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--lora_config {path} is not JSON: {error}.") from error
     if not isinstance(values, dict):
         raise UsageError(f"--lora_config {path} must hold a JSON object with {', '.join(_FIELD_TYPES)}.")

@@ -15,6 +15,8 @@ from pathlib import Path
 from .errors import UsageError
 
 HUB_CHECKPOINT = "ACE-Step/acestep-v15-base"
+# diffusers' own name for an adapter's file.
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 DATA_FOLDERS = ("/data", "./data")
 _NO_DATA_FOLDERS = " and no ".join(DATA_FOLDERS)
 GIB = 1024**3

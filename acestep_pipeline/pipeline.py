@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from .adapters import LORA_WEIGHTS_NAME, check_adapter_fits
+from .adapters import check_adapter_fits
 from .checkpoint_conversion import (
     SILENCE_LATENT_NAME,
     TEXT_ENCODER_DIR,
@@ -27,6 +27,7 @@ from .checkpoint_conversion import (
     locate_original,
 )
 from .errors import UsageError
+from .paths import LORA_WEIGHTS_NAME
 from .progress import quiet_loading
 from .tiny_checkpoint import TINY_NAME, tiny_checkpoint_path
 

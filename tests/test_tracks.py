@@ -412,3 +412,16 @@ def test_the_fingerprint_is_of_the_data_not_of_its_place(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "other")
     write_clip(tmp_path / "other" / "a.wav", seed=9)
     assert dataset_fingerprint(read(tmp_path / "other")[0]) != original
+
+
+def test_a_sample_is_drawn_by_the_seed_and_keeps_the_order(demo_dir):
+    """`max_train_samples` takes tracks from everywhere in a folder, not the first ones of its alphabet."""
+    everything = [track.id for track in load_tracks(demo_dir, show_progress=False)[0]]
+    drawn = {
+        seed: [track.id for track in load_tracks(demo_dir, max_train_samples=3, seed=seed, show_progress=False)[0]]
+        for seed in range(12)
+    }
+    assert all(len(ids) == 3 and ids == sorted(ids, key=everything.index) for ids in drawn.values())
+    assert {track for ids in drawn.values() for track in ids} == set(everything)
+    again = load_tracks(demo_dir, max_train_samples=3, seed=5, show_progress=False)[0]
+    assert [track.id for track in again] == drawn[5]

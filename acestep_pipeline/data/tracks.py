@@ -4,8 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import random
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,15 +69,17 @@ def load_tracks(
     dataset_name: str | None = None,
     min_duration_s: float = 0.0,
     max_train_samples: int | None = None,
+    seed: int = 0,
     show_progress: bool = True,
 ) -> tuple[list[Track], list[Problem]]:
-    """Read every track of a folder, a `datasets` directory or a Hub dataset, in a fixed order.
+    """Read the tracks of a folder, a `datasets` directory or a Hub dataset, in a fixed order.
 
     Args:
         train_data_dir: a folder of audio with sidecars, or a directory written by `Dataset.save_to_disk`.
         dataset_name: instead of the folder, a Hub id (split `train`) or anything `datasets.load_dataset` takes.
         min_duration_s: shorter tracks are skipped.
-        max_train_samples: only the first so many usable tracks.
+        max_train_samples: only so many usable tracks, drawn from all of them by `seed`.
+        seed: for `max_train_samples`.
         show_progress: draw a progress bar.
 
     Returns:
@@ -86,7 +89,7 @@ def load_tracks(
         UsageError: there is no such folder, or no track in it is usable.
     """
     if dataset_name is not None:
-        source, candidates, total = dataset_name, *_hub_records(dataset_name)
+        source, total, read_record = dataset_name, *_hub_records(dataset_name)
     else:
         source = Path(train_data_dir).expanduser()
         if str(train_data_dir).startswith("s3://"):
@@ -94,24 +97,28 @@ def load_tracks(
         if not source.is_dir():
             raise UsageError(f"--train_data_dir {source} is not a folder; name one that holds audio.")
         if (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
-            candidates, total = _disk_records(source)
+            total, read_record = _disk_records(source)
         else:
             files = find_audio_files(source)
-            candidates, total = (_folder_record(source, file) for file in files), len(files)
-    tracks, problems, ids = [], [], set()
+            total, read_record = len(files), lambda index: _folder_record(source, files[index])
+    order = list(range(total))
+    if max_train_samples is not None:
+        random.Random(seed).shuffle(order)
+    tracks, problems, ids = {}, [], set()
     with progress_bar(total=total, desc="Reading tracks", unit="track", disable=not show_progress) as bar:
-        for record in candidates:
-            bar.update()
+        for index in order:
             if max_train_samples is not None and len(tracks) >= max_train_samples:
                 break
+            record = read_record(index)
             record["id"] = _unique_id(str(record["id"]), ids)
             track, found = _to_track(record, min_duration_s)
             problems += found
             if track is not None:
-                tracks.append(track)
+                tracks[index] = track
+            bar.update()
     if not tracks:
         raise UsageError(_nothing_usable(str(source), total, problems))
-    return tracks, problems
+    return [tracks[index] for index in sorted(tracks)], problems
 
 
 def _unique_id(name: str, taken: set[str]) -> str:
@@ -226,7 +233,7 @@ def _read_text(path: Path, warnings: list[str]) -> str | None:
         return None
 
 
-def _disk_records(directory: Path) -> tuple[Iterator[dict], int]:
+def _disk_records(directory: Path) -> tuple[int, Callable[[int], dict]]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -242,7 +249,7 @@ def _disk_records(directory: Path) -> tuple[Iterator[dict], int]:
     return _dataset_records(dataset, str(directory))
 
 
-def _hub_records(name: str) -> tuple[Iterator[dict], int]:
+def _hub_records(name: str) -> tuple[int, Callable[[int], dict]]:
     from datasets import load_dataset
 
     try:
@@ -256,7 +263,8 @@ def _cause(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _dataset_records(dataset, source: str) -> tuple[Iterator[dict], int]:
+def _dataset_records(dataset, source: str) -> tuple[int, Callable[[int], dict]]:
+    """The number of rows, and a function that reads one."""
     from datasets import Audio
 
     if "audio" not in dataset.column_names:
@@ -266,23 +274,22 @@ def _dataset_records(dataset, source: str) -> tuple[Iterator[dict], int]:
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UsageError(f"the column 'audio' of the dataset {source} holds no audio ({_cause(error)}).") from error
 
-    def records() -> Iterator[dict]:
-        for index in range(len(dataset)):
-            try:
-                row = dataset[index]
-            except Exception as error:  # pyarrow raises many types for a damaged file
-                raise UsageError(f"row {index} of the dataset {source} can't be read ({_cause(error)}).") from error
-            audio = row["audio"] or {}
-            path = audio.get("path")
-            warnings: list[str] = []
-            yield {
-                **_text_fields(row, warnings),
-                "id": row.get("id") or path or str(index),
-                "audio": audio.get("bytes") or (Path(path) if path else b""),
-                "warnings": warnings,
-            }
+    def read_record(index: int) -> dict:
+        try:
+            row = dataset[index]
+        except Exception as error:  # pyarrow raises many types for a damaged file
+            raise UsageError(f"row {index} of the dataset {source} can't be read ({_cause(error)}).") from error
+        audio = row["audio"] or {}
+        path = audio.get("path")
+        warnings: list[str] = []
+        return {
+            **_text_fields(row, warnings),
+            "id": row.get("id") or path or str(index),
+            "audio": audio.get("bytes") or (Path(path) if path else b""),
+            "warnings": warnings,
+        }
 
-    return records(), len(dataset)
+    return len(dataset), read_record
 
 
 def _to_track(record: dict, min_duration_s: float) -> tuple[Track | None, list[Problem]]:

@@ -48,7 +48,7 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g = p.add_argument_group("data")
     g.add_argument("--train_data_dir", help="folder of audio with sidecars, or a datasets directory; unset: $ACESTEP_DATA, else /data, else ./data")
     g.add_argument("--dataset_name", help="instead of a folder, a dataset on the Hub")
-    g.add_argument("--max_train_samples", type=int, help="use only the first N tracks")
+    g.add_argument("--max_train_samples", type=int, help="use only N tracks, drawn by --seed")
     g.add_argument("--min_duration_s", type=float, default=10.0, help="skip shorter tracks (the model makes 10 to 600 s)")
     g.add_argument("--max_duration_s", type=float, default=240.0, help="train on crops of at most this, at a new random place each time")
     g.add_argument("--strict", action=argparse.BooleanOptionalAction, default=False, help="stop if any track has to be skipped")

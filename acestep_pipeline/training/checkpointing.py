@@ -13,37 +13,12 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from ..adapters import lora_state_dict, save_lora
-from ..errors import UsageError
+from ..errors import RunError, UsageError
 from ..files import write_tensors
+from .run_directory import CHECKPOINT_PREFIX, STATE_NAME, list_checkpoints
 
-PREFIX = "checkpoint-"
 ADAPTER_NAME = "adapter.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
-STATE_NAME = "trainer_state.json"
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints in `output_dir`, oldest first."""
-    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
-
-
-def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
-    """The checkpoint to resume from: the newest for `latest` (None if there is none yet), else the path given.
-
-    Raises:
-        UsageError: the path is not a checkpoint of this program.
-    """
-    if resume_from_checkpoint == "latest":
-        checkpoints = list_checkpoints(output_dir)
-        return checkpoints[-1] if checkpoints else None
-    for path in (Path(resume_from_checkpoint).expanduser(), Path(output_dir) / resume_from_checkpoint):
-        if (path / STATE_NAME).is_file():
-            return path
-    raise UsageError(
-        f"--resume_from_checkpoint {resume_from_checkpoint} is no checkpoint (no {STATE_NAME} in it); "
-        "name a checkpoint-<update> folder, or use 'latest'."
-    )
 
 
 def save_checkpoint(
@@ -60,13 +35,23 @@ def save_checkpoint(
     """Write `checkpoint-<update>` under a temporary name, rename it, then remove the oldest beyond `total_limit`.
 
     Call it on the main process. The folder is a loadable adapter as well.
+
+    Raises:
+        RunError: the adapter has NaN or infinite weights; nothing is written or removed then.
     """
-    final = Path(output_dir) / f"{PREFIX}{update}"
+    adapter = lora_state_dict(transformer)
+    if not all(tensor.isfinite().all() for tensor in adapter.values()):
+        kept = list_checkpoints(output_dir)
+        raise RunError(
+            f"update {update} made the adapter's weights NaN or infinite; try a lower --learning_rate. "
+            f"Kept: {kept[-1] if kept else 'no checkpoint yet'}."
+        )
+    final = Path(output_dir) / f"{CHECKPOINT_PREFIX}{update}"
     temporary = Path(output_dir) / f".partial-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_lora(transformer, temporary)
-    write_tensors(temporary / ADAPTER_NAME, lora_state_dict(transformer))
+    write_tensors(temporary / ADAPTER_NAME, adapter)
     tensors, values = _flatten(optimizer.state_dict())
     write_tensors(temporary / OPTIMIZER_NAME, tensors)
     state = {

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from ..adapters import LORA_WEIGHTS_NAME
 from ..conditioning import PromptFields
 from ..model_card import plot_loss, write_model_card
+from ..paths import LORA_WEIGHTS_NAME
 from ..pipeline import ACEStepPipeline
 from ..version import __version__
 from .run_directory import CARD_NAME, PLOT_NAME, SAMPLES_DIR
@@ -23,6 +23,7 @@ def write_final_report(
     device: torch.device,
     weight_dtype: torch.dtype,
     prompts: list[PromptFields],
+    example_prompt: str,
     num_inference_steps: int | None,
     seed: int,
     card_rows: list[tuple[str, str]],
@@ -35,6 +36,7 @@ def write_final_report(
         checkpoint: arguments of `ACEStepPipeline.from_pretrained` that name the base model.
         device, weight_dtype: where and in what precision to generate.
         prompts: what to generate, with and without the adapter; may be empty.
+        example_prompt: for the card and the next command.
         num_inference_steps: denoising steps, None for the variant's default.
         seed: of the first sample; the next ones count up.
         card_rows: facts for the card's table.
@@ -55,7 +57,6 @@ def write_final_report(
         )
     metrics = read_metrics(output_dir / METRICS_NAME)
     plot_loss(metrics, output_dir / PLOT_NAME)
-    example = prompts[0].prompt if prompts else "tags that describe your music"
     model = checkpoint["pretrained_model_name_or_path"]
     write_model_card(
         output_dir / CARD_NAME,
@@ -65,7 +66,7 @@ def write_final_report(
         rows=card_rows,
         samples=samples,
         plot=PLOT_NAME,
-        prompt=example,
+        prompt=example_prompt,
     )
     tenth = max(1, len(metrics) // 10)
     start, end = (sum(line["loss"] for line in lines) / tenth for lines in (metrics[:tenth], metrics[-tenth:]))
@@ -81,6 +82,6 @@ def write_final_report(
     lines += [
         f"  model card     {output_dir / CARD_NAME}",
         f"Next: acestep-lora generate {flags} --adapter {shlex.quote(str(output_dir))} "
-        f"--prompt {shlex.quote(example)} --output out.wav",
+        f"--prompt {shlex.quote(example_prompt)} --output out.wav",
     ]
     return "\n".join(lines)

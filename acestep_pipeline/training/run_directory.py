@@ -1,6 +1,6 @@
-"""The directory a run leaves behind: whether it may be used, and what in it belongs to a run.
+"""The directory a run leaves behind: whether it may be used, what in it belongs to a run, where its checkpoints are.
 
-Imports of torch wait until there is a directory to look into: a wrong flag should not cost its seconds.
+Nothing here imports torch: a wrong flag should not cost its seconds.
 """
 
 import os
@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 
 from ..errors import UsageError
-from ..paths import probe_writable
+from ..paths import LORA_WEIGHTS_NAME, probe_writable
 from .tracking import ARGS_NAME, METRICS_NAME
 
 CARD_NAME = "README.md"
 PLOT_NAME = "loss.png"
 SAMPLES_DIR = "samples"
+CHECKPOINT_PREFIX = "checkpoint-"
+# Written last: a checkpoint is a folder that has it.
+STATE_NAME = "trainer_state.json"
 
 
 def check_run_directory(output_dir: Path, *, resuming: bool, overwrite: bool) -> None:
@@ -46,15 +49,11 @@ def check_run_directory(output_dir: Path, *, resuming: bool, overwrite: bool) ->
 
 
 def _run_folders(output_dir: Path) -> list[Path]:
-    from .checkpointing import list_checkpoints
-
     return [*list_checkpoints(output_dir), *output_dir.glob(".partial-checkpoint-*")]
 
 
 def _run_files(output_dir: Path) -> list[Path]:
     """What every run writes and nobody else would."""
-    from ..adapters import LORA_WEIGHTS_NAME
-
     return [output_dir / name for name in (METRICS_NAME, ARGS_NAME, LORA_WEIGHTS_NAME)]
 
 
@@ -68,3 +67,31 @@ def clear_run(output_dir: Path) -> None:
         file.unlink(missing_ok=True)
     if samples.is_dir() and not any(samples.iterdir()):
         samples.rmdir()
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints in `output_dir`, oldest first."""
+    found = [
+        path
+        for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*")
+        if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
+    """The checkpoint to resume from: the newest for `latest` (None if there is none yet), else the path given.
+
+    Raises:
+        UsageError: the path is not a checkpoint of this program.
+    """
+    if resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
+    for path in (Path(resume_from_checkpoint).expanduser(), Path(output_dir) / resume_from_checkpoint):
+        if (path / STATE_NAME).is_file():
+            return path
+    raise UsageError(
+        f"--resume_from_checkpoint {resume_from_checkpoint} is no checkpoint (no {STATE_NAME} in it); "
+        "name a checkpoint-<update> folder, or use 'latest'."
+    )

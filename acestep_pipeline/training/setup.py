@@ -93,6 +93,7 @@ def prepare_inputs(
         dataset_name=dataset_name,
         min_duration_s=min_duration_s,
         max_train_samples=max_train_samples,
+        seed=seed,
         show_progress=accelerator.is_main_process,
     )
     report_problems(problems, strict=strict, say=accelerator.print)
