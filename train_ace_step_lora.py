@@ -64,7 +64,11 @@ def train(args: argparse.Namespace) -> None:
     say, main, device = accelerator.print, accelerator.is_main_process, accelerator.device
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     weight_dtype = setup.WEIGHT_DTYPES[accelerator.mixed_precision]
-    for name, value in {**sources, "Device": describe_device(device), "Precision": weight_dtype}.items():
+    for name, value in {
+        **sources,
+        "Device": describe_device(device),
+        "Precision": str(weight_dtype).removeprefix("torch."),
+    }.items():
         say(f"{name + ':':<11}{value}")
     if accelerator.mixed_precision != args.mixed_precision:
         say(f"warning: this {device.type} has no fast {args.mixed_precision} and would be slower with it: using fp32.")

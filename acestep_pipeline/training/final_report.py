@@ -1,6 +1,8 @@
 """The end of a run: load what was written as a user would, let it be heard, write the card, say what to do next."""
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -81,7 +83,13 @@ def write_final_report(
         lines.append(f"  without        {output_dir / sample['without_adapter']}")
     lines += [
         f"  model card     {output_dir / CARD_NAME}",
-        f"Next: acestep-lora generate {flags} --adapter {shlex.quote(str(output_dir))} "
+        f"Next: {_command()} generate {flags} --adapter {shlex.quote(str(output_dir))} "
         f"--prompt {shlex.quote(example_prompt)} --output out.wav",
     ]
     return "\n".join(lines)
+
+
+def _command() -> str:
+    """`acestep-lora`, with its folder where that is not on the PATH."""
+    beside = Path(sys.executable).with_name("acestep-lora")
+    return "acestep-lora" if shutil.which("acestep-lora") or not beside.exists() else str(beside)
