@@ -486,3 +486,12 @@ def test_a_file_without_read_permission(tmp_path):
     path.chmod(0)
     with without_root():
         assert refusal(path) == "it cannot be read: permission denied"
+
+
+@pytest.mark.parametrize("data", [
+    b"RF64\xff\xff\xff\xffWAVEds64\x1c\0\0\0" + bytes(4),
+    b"\xff\xfb\x10\xc4" + bytes(32) + b"Xing" + bytes(2),
+])  # fmt: skip
+def test_a_header_that_ends_early_is_a_reason_not_a_crash(data):
+    with pytest.raises(AudioError):
+        probe_audio(data)

@@ -116,8 +116,8 @@ def test_troubled_machine_exits_1_soon_with_a_fix_for_everything(troubled):
         ("S3", "ok", "ACESTEP_S3_ROOT s3://bucket/root, AWS_ENDPOINT_URL https://objects.example/path", ""),
         ("Accelerate", "error", "no_such_setting", "accelerate config"),
         ("environment", "warning", "ACESTEP_MODLE", "rename ACESTEP_MODLE to ACESTEP_MODEL"),
-        ("model", "error", "./no-such-model (from ACESTEP_MODEL) doesn't exist", "`tiny`"),
-        ("data", "error", "no-such-data (from ACESTEP_DATA) doesn't exist", "--train_data_dir"),
+        ("model", "error", "./no-such-model (ACESTEP_MODEL) doesn't exist", "`tiny`"),
+        ("data", "error", "no-such-data (ACESTEP_DATA) doesn't exist", "--train_data_dir"),
     ],
 )
 def test_troubled_machine(troubled, name, status, detail, fix):
@@ -150,7 +150,7 @@ def test_healthy_machine_exits_0_and_is_left_as_it_was(tmp_path, hub):
     if not torch.cuda.is_available() and not hardware.nvidia_gpu_present():  # such a machine is never all well
         assert process.returncode == 0, process.stdout + process.stderr
     assert any(line.startswith("✓ Hub ") and line.endswith(f"{endpoint} answers") for line in lines)
-    assert any(line.startswith("✓ data ") and line.endswith("songs (from ACESTEP_DATA) exists") for line in lines)
+    assert any(line.startswith("✓ data ") and line.endswith("songs (ACESTEP_DATA) exists") for line in lines)
     assert any(line.startswith("✓ audio ") and line.endswith("wav, flac, ogg, opus, mp3") for line in lines)
     assert any(line.startswith("✓ packages ") and f"torch {torch.__version__}" in line for line in lines)
     assert lines[-1].startswith("18 checks: ") and lines[-1].endswith(", 0 errors")
@@ -184,6 +184,7 @@ def test_hub_that_never_answers(monkeypatch):
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(doctor, "HUB_TIMEOUT_S", 1)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         started = time.monotonic()
         status, detail, fix = doctor._check_hub(doctor._start_hub_probe())
     assert time.monotonic() - started < 5
@@ -302,8 +303,8 @@ def test_full_directory(tmp_path):
 
 def test_model_and_data_that_were_named(tmp_path):
     assert paths.check_model("tiny")[0] == "ok"
-    assert paths.check_model(str(tmp_path)) == ("ok", f"{tmp_path} exists")
-    assert paths.check_model("s3://user:pass@bucket/model")[1] == "s3://bucket/model: not looked at"
+    assert paths.check_model(str(tmp_path)) == ("ok", f"{tmp_path} (--pretrained_model_name_or_path) exists")
+    assert paths.check_model("s3://user:pass@bucket/model")[1].startswith("s3://bucket/model (--")
     assert paths.check_data(str(tmp_path / "none"))[0] == "error"
 
 

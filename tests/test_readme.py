@@ -32,7 +32,7 @@ def shell_commands() -> list[str]:
 
 def make(*targets: str) -> subprocess.CompletedProcess:
     """`make` with this interpreter's environment taken as set up."""
-    command = ["make", f"VENV={VENV}", "-o", f"{VENV}/.installed", *targets]
+    command = ["make", "--no-print-directory", f"VENV={VENV}", "-o", f"{VENV}/.installed", *targets]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 

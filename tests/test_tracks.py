@@ -8,14 +8,13 @@ import pytest
 import soundfile
 from datasets import Audio, Dataset, DatasetDict
 
+from acestep_pipeline.data.sidecars import normalise_tags, read_sidecars
 from acestep_pipeline.data.tracks import (
     Problem,
     dataset_fingerprint,
     describe_problems,
     find_audio_files,
     load_tracks,
-    normalise_tags,
-    read_sidecars,
 )
 from acestep_pipeline.errors import UsageError
 

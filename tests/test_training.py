@@ -11,8 +11,8 @@ from diffusers import AceStepPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from acestep_pipeline import adapters
 from acestep_pipeline.data.latent_cache import fingerprint
+from acestep_pipeline.training import setup
 from tests.training_runs import ROOT, metrics, start, train_here
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -24,7 +24,7 @@ def short_run(demo_dir, tmp_path_factory):
     """A run of six updates with samples, its output directory, and the transformer it trained."""
     output = tmp_path_factory.mktemp("short-run") / "adapter"
     watched = []
-    original = adapters.add_lora
+    original = setup.add_lora
 
     def watch(transformer, *args, **kwargs):
         watched.append((transformer, fingerprint(transformer)))
@@ -33,7 +33,7 @@ def short_run(demo_dir, tmp_path_factory):
         return parameters
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapters, "add_lora", watch)
+        patch.setattr(setup, "add_lora", watch)
         train_here(
             demo_dir,
             output,

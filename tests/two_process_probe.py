@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 import train_ace_step_lora
 from acestep_pipeline import flow_matching
 from acestep_pipeline.adapters import lora_state_dict
+from acestep_pipeline.training import setup
 
 seen, adapters = [], []
 interpolate = flow_matching.interpolate
@@ -27,11 +28,9 @@ def watch_adapter(transformer, *args, **kwargs):
 
 
 if __name__ == "__main__":
-    from acestep_pipeline import adapters as adapters_module
-
-    add_lora = adapters_module.add_lora
+    add_lora = setup.add_lora
     flow_matching.interpolate = watch_noise
-    adapters_module.add_lora = watch_adapter
+    setup.add_lora = watch_adapter
     args = train_ace_step_lora.arguments.parse_args(sys.argv[1:])
     directory = Path(args.output_dir).parent
     train_ace_step_lora.train(args)

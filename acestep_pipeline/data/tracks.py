@@ -1,35 +1,23 @@
-"""Tracks: audio with its text, from a folder with sidecar files or from a `datasets` directory."""
+"""Tracks: audio with its text, from a folder with sidecar files or from a `datasets` directory.
 
-import errno
+What the text may look like, and what becomes of it, is in `sidecars`.
+"""
+
 import hashlib
 import json
 import os
 import random
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..conditioning import INSTRUMENTAL
 from ..errors import UsageError
 from ..progress import progress_bar
 from .audio import AUDIO_SUFFIXES, AudioError, probe_audio
+from .sidecars import normalise_text, one_line, read_sidecars, text_fields
 
 # Files that look like audio to a person but that libsndfile can't read; named in the summary, never passed over.
 UNSUPPORTED_SUFFIXES = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".ac3", ".alac"})
-# What the model was trained with (`timesignature` is the number of beats in a bar).
-TIME_SIGNATURES = ("2", "3", "4", "6")
-BPM_RANGE = (30, 300)
-# Names that a JSON sidecar or a dataset's columns may use for each text field, the first found wins.
-FIELD_NAMES = {
-    "tags": ("tags", "caption", "prompt"),
-    "lyrics": ("lyrics",),
-    "genre": ("genre",),
-    "bpm": ("bpm",),
-    "keyscale": ("keyscale", "key"),
-    "timesignature": ("timesignature", "time_signature"),
-    "language": ("language", "vocal_language"),
-}
 
 
 @dataclass(frozen=True)
@@ -123,19 +111,13 @@ def load_tracks(
 
 def _unique_id(name: str, taken: set[str]) -> str:
     """`name` on one printable line, numbered if another track has it."""
-    name = unique = _one_line(name)
+    name = unique = one_line(name)
     number = 1
     while unique in taken:
         number += 1
         unique = f"{name} ({number})"
     taken.add(unique)
     return unique
-
-
-def _one_line(name: str) -> str:
-    """Control characters, line ends and undecodable bytes of a file name as escapes."""
-    escaped = {"Cc", "Cs", "Zl", "Zp"}
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in escaped else c for c in name)
 
 
 def _nothing_usable(source: str, total: int, problems: list[Problem]) -> str:
@@ -174,63 +156,6 @@ def find_audio_files(folder: Path) -> list[Path]:
 def _folder_record(folder: Path, file: Path) -> dict:
     record, warnings = read_sidecars(file)
     return {**record, "id": file.relative_to(folder).as_posix(), "audio": file, "warnings": warnings}
-
-
-def read_sidecars(file: Path) -> tuple[dict, list[str]]:
-    """What the files beside `song.mp3` say about it.
-
-    `song.json` (tags or caption, lyrics, genre, bpm, keyscale, timesignature, language) is overruled by
-    `song.tags.txt` (else `song.txt`, `song.caption`) and `song.lyrics.txt`.
-
-    Returns:
-        The fields found, and warnings about sidecars that can't be read.
-    """
-    record: dict = {}
-    warnings: list[str] = []
-    sidecar = file.with_suffix(".json")
-    text = _read_text(sidecar, warnings)
-    if text is not None:
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError):
-            values = None
-        if isinstance(values, dict):
-            record = _text_fields(values, warnings)
-        else:
-            warnings.append(f"{_one_line(sidecar.name)} is not a JSON object and is left out")
-    for field, suffixes in (("tags", (".tags.txt", ".txt", ".caption")), ("lyrics", (".lyrics.txt",))):
-        for suffix in suffixes:
-            text = _read_text(file.with_name(file.stem + suffix), warnings)
-            if text is not None:
-                record[field] = text
-                break
-    return record, warnings
-
-
-def _text_fields(values: dict, warnings: list[str]) -> dict:
-    """The known fields of a JSON object or a dataset's row, lists joined (tags by commas, lyrics by lines)."""
-    fields = {}
-    for field, names in FIELD_NAMES.items():
-        value = next((values[name] for name in names if values.get(name) not in (None, "", [])), None)
-        if isinstance(value, list) and all(isinstance(entry, str | int | float) for entry in value):
-            value = ("\n" if field == "lyrics" else ", ").join(map(str, value))
-        if isinstance(value, dict | list):
-            warnings.append(f"its {field} is neither text, a number nor a list of them and is left out")
-        elif value is not None:
-            fields[field] = value
-    return fields
-
-
-def _read_text(path: Path, warnings: list[str]) -> str | None:
-    try:
-        if not path.is_file():
-            return None
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-            return None  # the track's own name is within the file system's limit, such a sidecar can't exist
-        warnings.append(f"{_one_line(path.name)} is not readable as UTF-8 text and is left out")
-        return None
 
 
 def _disk_records(directory: Path) -> tuple[int, Callable[[int], dict]]:
@@ -283,7 +208,7 @@ def _dataset_records(dataset, source: str) -> tuple[int, Callable[[int], dict]]:
         path = audio.get("path")
         warnings: list[str] = []
         return {
-            **_text_fields(row, warnings),
+            **text_fields(row, warnings),
             "id": row.get("id") or path or str(index),
             "audio": audio.get("bytes") or (Path(path) if path else b""),
             "warnings": warnings,
@@ -304,7 +229,7 @@ def _to_track(record: dict, min_duration_s: float) -> tuple[Track | None, list[P
     if info.duration_s < min_duration_s:
         reason = f"it is {info.duration_s:.1f} s long, shorter than --min_duration_s {min_duration_s:g}"
         return None, [*problems, Problem(name, reason, skipped=True)]
-    text, warnings = _normalise(record)
+    text, warnings = normalise_text(record)
     problems += [Problem(name, warning, skipped=False) for warning in warnings]
     track = Track(
         id=name,
@@ -323,54 +248,6 @@ def _sha256(audio: Path | bytes) -> str:
         return hashlib.sha256(audio).hexdigest()
     with audio.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def normalise_tags(tags: str) -> str:
-    """Comma- or line-separated descriptors, trimmed, without repeats (whatever the case), in their order."""
-    seen: dict[str, str] = {}
-    for tag in tags.replace("\n", ",").split(","):
-        tag = " ".join(tag.split())
-        if tag:
-            seen.setdefault(tag.casefold(), tag)
-    return ", ".join(seen.values())
-
-
-def _normalise(record: dict) -> tuple[dict, list[str]]:
-    """The text fields of `Track` from a raw record, with a warning for each value that had to be left out."""
-    warnings = []
-
-    def text(field: str) -> str:
-        # JSON can hold half a surrogate pair, which no tokenizer takes.
-        return str(record.get(field) or "").encode("utf-8", "replace").decode().strip()
-
-    genre = text("genre")
-    tags = normalise_tags(text("tags"))
-    if not tags:
-        instead = f"its genre {genre!r}" if genre else "an empty caption"
-        warnings.append(f"it has no tags and trains with {instead}; describe it in a .tags.txt beside it")
-        tags = genre
-    bpm = record.get("bpm")
-    if bpm not in (None, ""):
-        try:
-            value = round(float(str(bpm).lower().replace("bpm", "")))
-        except (ValueError, OverflowError):
-            value = 0
-        bpm = value if BPM_RANGE[0] <= value <= BPM_RANGE[1] else None
-        if bpm is None:
-            warnings.append(f"its bpm {record['bpm']!r} is not between {BPM_RANGE[0]} and {BPM_RANGE[1]}; left empty")
-    timesignature = text("timesignature").split("/")[0].strip() or None
-    if timesignature is not None and timesignature not in TIME_SIGNATURES:
-        warnings.append(f"its time signature {record['timesignature']!r} is not 2, 3, 4 or 6; left empty")
-        timesignature = None
-    return {
-        "tags": tags,
-        "lyrics": text("lyrics") or INSTRUMENTAL,
-        "language": text("language") or "unknown",
-        "genre": genre,
-        "bpm": bpm or None,
-        "keyscale": text("keyscale") or None,
-        "timesignature": timesignature,
-    }, warnings
 
 
 def dataset_fingerprint(tracks: list[Track]) -> str:
