@@ -36,6 +36,31 @@ def check(args: argparse.Namespace) -> dict[str, str]:
     return sources
 
 
+def squared_error(model, batch: dict, silence_latent, null_condition_emb):
+    """One forward pass: mix noise in, predict the velocity, and sum the squared errors of every element.
+
+    The precision is that of `null_condition_emb`, which is the frozen model's.
+    """
+    from acestep_pipeline.conditioning import context_latents, drop_conditions
+    from acestep_pipeline.flow_matching import interpolate, squared_error_sum, velocity_target
+
+    dtype = null_condition_emb.dtype
+    # The timestep that the model sees, in its precision, is the one that the latents are mixed with.
+    sigmas = batch["sigmas"].to(dtype)
+    noisy_latents = interpolate(batch["latents"], batch["noise"], sigmas.float())
+    context = context_latents(silence_latent, noisy_latents.shape[1]).expand(len(noisy_latents), -1, -1)
+    conditions = drop_conditions(batch["encoder_hidden_states"].to(dtype), null_condition_emb, batch["dropped"])
+    velocity = model(
+        hidden_states=noisy_latents.to(dtype),
+        timestep=sigmas,
+        timestep_r=sigmas,
+        encoder_hidden_states=conditions,
+        context_latents=context.to(dtype),
+        return_dict=False,
+    )[0]
+    return squared_error_sum(velocity, velocity_target(batch["latents"], batch["noise"]))
+
+
 def train(args: argparse.Namespace) -> None:
     """The whole run: accelerator → models and data → optimizer → resume → the loop → save."""
     sources = check(args)
@@ -43,9 +68,7 @@ def train(args: argparse.Namespace) -> None:
     import torch
     from torch.utils.data import DataLoader
 
-    from acestep_pipeline import flow_matching
     from acestep_pipeline.adapters import LoraSettings, parse_targets, save_lora
-    from acestep_pipeline.conditioning import context_latents, drop_conditions
     from acestep_pipeline.data import batching
     from acestep_pipeline.hardware import describe_device
     from acestep_pipeline.progress import progress_bar
@@ -194,32 +217,19 @@ def train(args: argparse.Namespace) -> None:
             update_loss = torch.zeros((), device=device)
             for step, micro in enumerate(update[rank]):
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-                # The timestep that the model sees, in its precision, is the one that the latents are mixed with.
-                sigmas = batch["sigmas"].to(weight_dtype)
-                noisy = flow_matching.interpolate(batch["latents"], batch["noise"], sigmas.float())
-                context = context_latents(inputs.silence_latent, noisy.shape[1]).expand(len(noisy), -1, -1)
-                conditions = batch["encoder_hidden_states"].to(weight_dtype)
-                conditions = drop_conditions(conditions, inputs.null_condition_emb, batch["dropped"])
                 # Dropout is keyed like all else that is random, so that a resumed run repeats it.
                 torch.manual_seed(batching.keyed_seed(args.seed, "dropout", done, step, rank))
                 last = step == len(update[rank]) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    velocity = model(
-                        hidden_states=noisy.to(weight_dtype),
-                        timestep=sigmas,
-                        timestep_r=sigmas,
-                        encoder_hidden_states=conditions,
-                        context_latents=context.to(weight_dtype),
-                        return_dict=False,
-                    )[0]
-                    target = flow_matching.velocity_target(batch["latents"], batch["noise"])
-                    loss = micro.weight * flow_matching.squared_error_sum(velocity, target) / elements
+                    error = squared_error(model, batch, inputs.silence_latent, inputs.null_condition_emb)
+                    loss = micro.weight * error / elements
                     accelerator.backward(loss * num_processes)  # DDP takes the mean over processes
                 update_loss += loss.detach()
 
             grad_norm = float(accelerator.clip_grad_norm_(inputs.lora_parameters, args.max_grad_norm))
             update_loss = accelerator.reduce(update_loss, "sum").item()
-            if not (math.isfinite(update_loss) and math.isfinite(grad_norm)):
+            # An infinite gradient is fp16's way of finding its scale: the scaler skips that step.
+            if not math.isfinite(update_loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
                 names = ", ".join(sorted({tracks[item].id for item in items}))
                 kept = list_checkpoints(args.output_dir)
                 raise RunError(

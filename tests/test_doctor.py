@@ -249,7 +249,6 @@ def test_s3_without_boto3(monkeypatch):
     assert doctor._check_s3(False)[0] == "warning"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("boto3") is None, reason="boto3 isn't installed")
 def test_s3_credentials_that_cannot_be_used(monkeypatch):
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
