@@ -7,6 +7,7 @@ path (tokenizer, text encoder, VAE, condition encoder, DiT, LoRA loader) runs on
 import math
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -178,6 +179,7 @@ def tiny_checkpoint_path() -> Path:
     """The tiny checkpoint in the cache folder, written there by the first call."""
     directory = cache_dir() / f"tiny-v{TINY_VERSION}"
     if not (directory / "model_index.json").is_file():
+        print(f"Writing the embedded tiny checkpoint to {directory}", file=sys.stderr, flush=True)
         try:
             write_tiny_checkpoint(directory)
         except UsageError:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -230,3 +231,18 @@ def test_version_and_help(capsys):
 def test_unknown_usage_is_status_2(argv, capsys):
     assert run(*argv) == 2
     assert "usage: acestep-lora" in capsys.readouterr().err
+
+
+def test_cache_command_encodes_once_and_names_what_it_left_out(demo_dir, tmp_path, capsys):
+    music = tmp_path / "music"
+    shutil.copytree(demo_dir, music)
+    (music / "empty.wav").touch()
+    argv = ("cache", "--pretrained_model_name_or_path", "tiny", "--train_data_dir", music, "--min_duration_s", "1",
+            "--latent_cache_dir", tmp_path / "cache")  # fmt: skip
+    assert run(*argv) == 0
+    said = capsys.readouterr().out
+    assert "skipped  empty.wav: the file is empty" in said and "6 tracks" in said
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(written) == 12, "latents and conditions of six tracks"
+    assert run(*argv) == 0
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
