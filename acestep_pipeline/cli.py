@@ -48,6 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "tiny-checkpoint", "write the embedded toy checkpoint to a folder", _tiny_checkpoint)
     command.add_argument("directory", type=Path, help="a new folder")
 
+    command = _command(commands, "dataset", "build a dataset from folders of music", None)
+    actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
+    command = _command(actions, "build", "read, check and pack folders of audio", _dataset_build)
+    command.add_argument("--data-dir", type=Path, nargs="+", required=True, help="folder or folders of audio")
+    command.add_argument("--output-dir", type=Path, required=True, help="where the dataset goes")
+    command.add_argument("--validate-audio", action="store_true", help="decode every file and look for what is wrong")
+    command.add_argument("--genre-from-folder", action="store_true", help="a missing genre is the folder's name")
+    command.add_argument("--min-duration-s", type=float, default=0.0, help="reject shorter tracks (default: 0)")
+    command.add_argument("--num-workers", type=int, help="threads that decode (default: the number of cores)")
+
     command = _command(commands, "doctor", "check this machine and say how to fix what is wrong", doctor.run)
     doctor.add_arguments(command)
     return parser
@@ -160,6 +170,24 @@ def _cache(args: argparse.Namespace) -> int:
     minutes = sum(entry.num_frames for entry in cached) / pipeline.latents_per_second / 60
     print(f"{len(cached)} tracks, {minutes:.1f} min, are cached in {cache.latents_dir.parent}")
     return 0 if cached else 2
+
+
+def _dataset_build(args: argparse.Namespace) -> int:
+    from .data.ingest import build_dataset, describe_build
+
+    if args.num_workers is not None and args.num_workers < 1:
+        raise UsageError(f"--num-workers must be at least 1, not {args.num_workers}.")
+    report = build_dataset(
+        args.data_dir,
+        args.output_dir,
+        validate_audio=args.validate_audio,
+        genre_from_folder=args.genre_from_folder,
+        min_duration_s=args.min_duration_s,
+        num_workers=args.num_workers,
+    )
+    print(describe_build(report))
+    print(f"Next: accelerate launch train_ace_step_lora.py --preset c --train_data_dir {args.output_dir}")
+    return 0
 
 
 def _tiny_checkpoint(args: argparse.Namespace) -> int:

@@ -45,12 +45,14 @@ def test_every_command_is_one_that_exists():
             assert result.returncode == 0, result.stderr
         elif words[:3] == ["accelerate", "launch", "train_ace_step_lora.py"]:
             assert arguments.parse_args(words[3:]).preset in preset_names()
+        elif words[:2] == ["python", "scripts/build_multi_style_dataset.py"]:
+            cli.build_parser().parse_args(["dataset", "build", *words[2:]])
         elif words[0] == "acestep-lora":
             cli.build_parser().parse_args(words[1:])
         else:
             assert os.access(ROOT / words[0], os.X_OK), command
         kinds.add(words[0])
-    assert kinds == {"make", "accelerate", "acestep-lora", "examples/fetch_free_music.sh"}
+    assert kinds == {"make", "accelerate", "acestep-lora", "python", "examples/fetch_free_music.sh"}
 
 
 def test_the_python_example_runs(tmp_path, tiny_pipeline, monkeypatch):

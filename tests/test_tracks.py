@@ -325,7 +325,7 @@ def test_a_dataset_gives_the_same_tracks_as_the_folder(folder, rows, tmp_path, k
     expected, _ = read(folder)
     assert without_audio(tracks) == without_audio(expected)
     assert not problems
-    assert tracks[1].audio == (folder / "b.wav").read_bytes()
+    assert tracks[1].source == (folder / "b.wav").read_bytes()
     assert dataset_fingerprint(tracks) == dataset_fingerprint(expected)
 
 

@@ -127,7 +127,7 @@ class LatentCache:
         path = self.latents_dir / f"{track.sha256}.safetensors"
         header = _read_header(path)
         if header is None:
-            _write(path, encode_latents(self.pipeline.vae, track.audio), {})
+            _write(path, encode_latents(self.pipeline.vae, track.source), {})
             header = _read_header(path)
         return path, header["shapes"]["mean"][0]
 

@@ -24,11 +24,12 @@ UNSUPPORTED_SUFFIXES = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka
 class Track:
     """One piece of audio and what is known about it.
 
-    `audio` is a path, or the bytes of the encoded file; `duration_s`, `sample_rate` and `channels` are as encoded.
+    `audio` says where the encoded file is, `source` gives it; `duration_s`, `sample_rate` and `channels` are those
+    of the file.
     """
 
     id: str
-    audio: Path | bytes
+    audio: "Path | EmbeddedAudio"
     tags: str
     lyrics: str
     language: str
@@ -40,6 +41,26 @@ class Track:
     sample_rate: int
     channels: int
     sha256: str
+
+    @property
+    def source(self) -> Path | bytes:
+        """The path, or the bytes of the encoded file, read anew each time: a dataset need not fit in memory."""
+        return _source(self.audio)
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedAudio:
+    """The encoded file in one row of a `datasets.Dataset`."""
+
+    dataset: object
+    index: int
+
+
+def _source(audio: Path | EmbeddedAudio) -> Path | bytes:
+    if isinstance(audio, Path):
+        return audio
+    row = audio.dataset[audio.index]["audio"] or {}
+    return row.get("bytes") or b""
 
 
 @dataclass(frozen=True)
@@ -204,13 +225,13 @@ def _dataset_records(dataset, source: str) -> tuple[int, Callable[[int], dict]]:
             row = dataset[index]
         except Exception as error:  # pyarrow raises many types for a damaged file
             raise UsageError(f"row {index} of the dataset {source} can't be read ({_cause(error)}).") from error
-        audio = row["audio"] or {}
+        audio = row["audio"] or {"bytes": b"", "path": None}
         path = audio.get("path")
         warnings: list[str] = []
         return {
             **text_fields(row, warnings),
             "id": row.get("id") or path or str(index),
-            "audio": audio.get("bytes") or (Path(path) if path else b""),
+            "audio": Path(path) if path and audio.get("bytes") is None else EmbeddedAudio(dataset, index),
             "warnings": warnings,
         }
 
@@ -222,8 +243,9 @@ def _to_track(record: dict, min_duration_s: float) -> tuple[Track | None, list[P
     name = record["id"]
     problems = [Problem(name, warning, skipped=False) for warning in record["warnings"]]
     try:
-        info = probe_audio(record["audio"])
-        digest = _sha256(record["audio"])
+        source = _source(record["audio"])
+        info = probe_audio(source)
+        digest = _sha256(source)
     except (AudioError, OSError) as error:
         return None, [*problems, Problem(name, str(error), skipped=True)]
     if info.duration_s < min_duration_s:
