@@ -79,8 +79,8 @@ def _add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16", help="bf16 where it is fast")
 
 
-def _load_pipeline(args: argparse.Namespace):
-    """The pipeline on this machine's device; the VAE in float32, as in training."""
+def _load_pipeline(args: argparse.Namespace, *, to_encode: bool = False):
+    """The pipeline on this machine's device; the VAE in float32 if it is to encode, as in training."""
     import torch
 
     from .hardware import bf16_is_fast, default_device
@@ -91,7 +91,11 @@ def _load_pipeline(args: argparse.Namespace):
     name, said = default_model(args.pretrained_model_name_or_path)
     print(f"Model: {name} ({said}), {dtype} on {device}", flush=True)
     return ACEStepPipeline.from_pretrained(
-        name, variant_dir=args.variant_dir, revision=args.revision, torch_dtype=dtype, vae_dtype=torch.float32
+        name,
+        variant_dir=args.variant_dir,
+        revision=args.revision,
+        torch_dtype=dtype,
+        vae_dtype=torch.float32 if to_encode else dtype,
     ).to(device)
 
 
@@ -161,7 +165,7 @@ def _cache(args: argparse.Namespace) -> int:
     data, said = default_data(args.train_data_dir)
     print(f"Data: {data} ({said})", flush=True)
     tracks, problems = load_tracks(data, min_duration_s=args.min_duration_s)
-    pipeline = _load_pipeline(args)
+    pipeline = _load_pipeline(args, to_encode=True)
     cache = LatentCache(args.latent_cache_dir or cache_dir() / "latents", pipeline)
     cached, found = prepare_tracks(cache, tracks, max_duration_s=args.max_duration_s)
     problems += found

@@ -246,3 +246,16 @@ def test_cache_command_encodes_once_and_names_what_it_left_out(demo_dir, tmp_pat
     assert len(written) == 12, "latents and conditions of six tracks"
     assert run(*argv) == 0
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+
+
+def test_generate_in_bf16(tmp_path, monkeypatch, tiny_pipeline):
+    """Forced here, where it is slow: every component must take what the one before it gives."""
+    from acestep_pipeline import hardware
+
+    monkeypatch.setattr(hardware, "bf16_is_fast", lambda device: True)
+    model = ("--pretrained_model_name_or_path", "tiny", "--prompt", "lo-fi hip hop")
+    argv = ("--duration", "2", "--num_inference_steps", "2", "--output", tmp_path / "bf16.wav")
+    assert run("generate", *model, *argv) == 0
+    assert run_generate(tmp_path / "fp32.wav") == 0
+    bf16, fp32 = (read_audio(tmp_path / name) for name in ("bf16.wav", "fp32.wav"))
+    assert 0 < np.abs(bf16 - fp32).max() and np.corrcoef(bf16[0], fp32[0])[0, 1] > 0.9

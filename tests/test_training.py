@@ -187,3 +187,29 @@ def test_two_processes_see_different_noise_and_end_with_equal_adapters(demo_dir,
     one = load_file(alone / WEIGHTS)
     for name, tensor in load_file(output / WEIGHTS).items():
         assert torch.allclose(tensor, one[name], atol=2e-5), name
+
+
+def test_bf16_trains_and_is_heard(demo_dir, tmp_path, monkeypatch):
+    """The path that GPUs take: frozen weights in bf16, float32 adapters, autocast; forced here, where it is slow."""
+    monkeypatch.setattr(setup, "bf16_is_fast", lambda device: True)
+    watched = []
+    original = setup.add_lora
+    monkeypatch.setattr(setup, "add_lora", lambda model, *a, **k: watched.append(model) or original(model, *a, **k))
+    for name, checkpointing in (("plain", False), ("checkpointed", True)):
+        train_here(demo_dir, tmp_path / name, max_train_steps=2, max_train_samples=2, lora_dropout=0,
+                   gradient_checkpointing=checkpointing, num_validation_samples=0 if checkpointing else 1,
+                   validation_duration_s=2, validation_inference_steps=1)  # fmt: skip
+    dtypes = {p.requires_grad: p.dtype for p in watched[0].parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "plain" / WEIGHTS).values())
+    assert (tmp_path / "plain" / "samples" / "sample-0_with_adapter.wav").is_file()
+    arguments = json.loads((tmp_path / "plain" / "training_args.json").read_text())["arguments"]
+    assert arguments["mixed_precision"] == "bf16"
+    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "checkpointed"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2), "gradient checkpointing changes nothing but memory"
+    # And bf16 costs precision, not correctness.
+    train_here(
+        demo_dir, tmp_path / "fp32", max_train_steps=2, max_train_samples=2, lora_dropout=0, mixed_precision="no"
+    )
+    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "fp32"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
