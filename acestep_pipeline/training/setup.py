@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from ..errors import UsageError
 from ..hardware import bf16_is_fast, default_device
 from ..pipeline import ACEStepPipeline
 
+# Processes wait for each other's share of the cache, which can take longer than the 10 minutes of NCCL's default.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -47,7 +50,7 @@ def build_accelerator(
     """
     # Said aloud, or a torchrun on a machine without a GPU becomes so many runs that know nothing of each other.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
-    device = PartialState(cpu=on_cpu).device
+    device = PartialState(cpu=on_cpu, timeout=COLLECTIVE_TIMEOUT).device
     if mixed_precision == "fp16" and device.type != "cuda":
         raise UsageError(f"--mixed_precision fp16 needs a CUDA device, and this is {device.type}; use bf16 or no.")
     if mixed_precision == "bf16" and not bf16_is_fast(device):
