@@ -1,5 +1,7 @@
 """Reading tracks from folders and datasets: which files, which text wins, what is warned about."""
 
+import csv
+import json
 import os
 import shutil
 
@@ -424,3 +426,47 @@ def test_a_sample_is_drawn_by_the_seed_and_keeps_the_order(demo_dir):
     assert {track for ids in drawn.values() for track in ids} == set(everything)
     again = load_tracks(demo_dir, max_train_samples=3, seed=5, show_progress=False)[0]
     assert [track.id for track in again] == drawn[5]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_table_describes_the_folder_and_sidecars_overrule_it(tmp_path, kind):
+    for name in ("a.wav", "b.wav", "deep/c.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_clip(tmp_path / name)
+    rows = [
+        {"file_name": "a.wav", "tags": "jazz, piano", "bpm": "120", "lyrics": "[verse]\none, two"},
+        {"file_name": "deep/c.wav", "tags": "metal", "bpm": "", "lyrics": ""},
+        {"file_name": "a.wav", "tags": "again", "bpm": "", "lyrics": ""},
+        {"file_name": "gone.mp3", "tags": "x", "bpm": "", "lyrics": ""},
+        {"file_name": "", "tags": "nameless", "bpm": "", "lyrics": ""},
+    ]
+    path = tmp_path / f"metadata.{kind}"
+    if kind == "csv":
+        with path.open("w", encoding="utf-8-sig", newline="") as file:  # as spreadsheets write it
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n{not json\n")
+    (tmp_path / "deep" / "c.tags.txt").write_text("folk")
+    tracks, problems = read(tmp_path)
+    assert [(track.id, track.tags, track.bpm) for track in tracks] == [
+        ("a.wav", "jazz, piano", 120),
+        ("b.wav", "", None),
+        ("deep/c.wav", "folk", None),
+    ]
+    assert tracks[0].lyrics == "[verse]\none, two"
+    said = {f"{problem.track}: {problem.reason}" for problem in problems}
+    assert f"{path.name}: line {5 if kind == 'csv' else 3} names a.wav again; the first row counts" in said
+    assert "gone.mp3: it is in the folder's table but not there" in said
+    nameless = [line for line in said if "is not a row with a file_name" in line]
+    assert len(nameless) == (1 if kind == "csv" else 2)
+    assert not any(problem.skipped for problem in problems)
+
+
+def test_a_table_that_is_no_table_is_a_warning(tmp_path):
+    write_clip(tmp_path / "a.wav")
+    for content in (b"\xff\xfe\x00", b'file_name,tags\n"a.wav,' + b"x" * 200_000, b"no,such,columns\n1,2,3\n"):
+        (tmp_path / "metadata.csv").write_bytes(content)
+        tracks, problems = read(tmp_path)
+        assert len(tracks) == 1 and any(problem.track == "metadata.csv" for problem in problems), content[:20]

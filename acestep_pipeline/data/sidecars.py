@@ -4,7 +4,9 @@ First the raw fields are gathered (`read_sidecars`, `text_fields`), then they ar
 Neither raises for what a user wrote: a value that can't be used is left out with a warning.
 """
 
+import csv
 import errno
+import io
 import json
 import unicodedata
 from pathlib import Path
@@ -24,6 +26,59 @@ FIELD_NAMES = {
     "timesignature": ("timesignature", "time_signature"),
     "language": ("language", "vocal_language"),
 }
+# One table for a whole folder, the first found is read; the column that names a row's audio file.
+TABLE_NAMES = ("metadata.jsonl", "metadata.csv")
+FILE_COLUMNS = ("file_name", "filename", "file", "path")
+
+
+def read_table(folder: Path) -> tuple[dict[str, dict], list[tuple[str, str]]]:
+    """What `metadata.jsonl` or `metadata.csv` in `folder` says about its tracks, a row each.
+
+    The names are those of the `datasets` library's folders: `file_name` is the path relative to the table, the other
+    columns are those of a JSON sidecar. Sidecars overrule the table.
+
+    Returns:
+        Fields by relative path with forward slashes, and (name, warning) about the table or its rows.
+    """
+    path = next((folder / name for name in TABLE_NAMES if (folder / name).is_file()), None)
+    if path is None:
+        return {}, []
+    unreadable: list[str] = []
+    text = _read_text(path, unreadable)
+    warnings = [(path.name, warning) for warning in unreadable]
+    table: dict[str, dict] = {}
+    for number, row in _table_rows(path.suffix, text or ""):
+        name = next((row[column] for column in FILE_COLUMNS if isinstance(row, dict) and row.get(column)), None)
+        if not isinstance(name, str):
+            warnings.append((path.name, f"line {number} is not a row with a {FILE_COLUMNS[0]} and is left out"))
+            continue
+        key = Path(name).as_posix()
+        if key in table:
+            warnings.append((path.name, f"line {number} names {one_line(key)} again; the first row counts"))
+            continue
+        found: list[str] = []
+        table[key] = text_fields(row, found)
+        warnings += [(one_line(key), f"{warning} ({path.name})") for warning in found]
+    return table, warnings
+
+
+def _table_rows(suffix: str, text: str) -> list[tuple[int, object]]:
+    """(line number, row) of each row; a row that is not one is None."""
+    rows: list[tuple[int, object]] = []
+    if suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            rows += [(reader.line_num, row) for row in reader]
+        except csv.Error:  # a field of more than 128 KiB: a quote that is never closed
+            rows.append((reader.line_num + 1, None))
+        return rows
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except (ValueError, RecursionError):
+                rows.append((number, None))
+    return rows
 
 
 def read_sidecars(file: Path) -> tuple[dict, list[str]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import UsageError
 from ..progress import progress_bar
 from .audio import AUDIO_SUFFIXES, AudioError, probe_audio
-from .sidecars import normalise_text, one_line, read_sidecars, text_fields
+from .sidecars import normalise_text, one_line, read_sidecars, read_table, text_fields
 
 # Files that look like audio to a person but that libsndfile can't read; named in the summary, never passed over.
 UNSUPPORTED_SUFFIXES = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".ac3", ".alac"})
@@ -97,6 +97,7 @@ def load_tracks(
     Raises:
         UsageError: there is no such folder, or no track in it is usable.
     """
+    problems: list[Problem] = []
     if dataset_name is not None:
         source, total, read_record = dataset_name, *_hub_records(dataset_name)
     else:
@@ -109,11 +110,17 @@ def load_tracks(
             total, read_record = _disk_records(source)
         else:
             files = find_audio_files(source)
-            total, read_record = len(files), lambda index: _folder_record(source, files[index])
+            table, warnings = read_table(source)
+            total, read_record = len(files), lambda index: _folder_record(source, files[index], table)
+            names = {file.relative_to(source).as_posix() for file in files}
+            warnings += [
+                (one_line(name), "it is in the folder's table but not there") for name in table.keys() - names
+            ]
+            problems += [Problem(name, warning, skipped=False) for name, warning in sorted(warnings)]
     order = list(range(total))
     if max_train_samples is not None:
         random.Random(seed).shuffle(order)
-    tracks, problems, ids = {}, [], set()
+    tracks, ids = {}, set()
     with progress_bar(total=total, desc="Reading tracks", unit="track", disable=not show_progress) as bar:
         for index in order:
             if max_train_samples is not None and len(tracks) >= max_train_samples:
@@ -174,9 +181,10 @@ def find_audio_files(folder: Path) -> list[Path]:
     return sorted((path for path in found if path.suffix.lower() in known), key=lambda path: path.as_posix())
 
 
-def _folder_record(folder: Path, file: Path) -> dict:
+def _folder_record(folder: Path, file: Path, table: dict[str, dict]) -> dict:
     record, warnings = read_sidecars(file)
-    return {**record, "id": file.relative_to(folder).as_posix(), "audio": file, "warnings": warnings}
+    name = file.relative_to(folder).as_posix()
+    return {**table.get(name, {}), **record, "id": name, "audio": file, "warnings": warnings}
 
 
 def _disk_records(directory: Path) -> tuple[int, Callable[[int], dict]]:
