@@ -126,7 +126,10 @@ def test_nothing_of_the_users_is_replaced(demo_dir, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="not a dataset of ours"):
         build([demo_dir], tmp_path / "mine")
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "mine" / "report.json").write_text('{"fingerprint": "of something else"}')
+    with pytest.raises(UsageError, match="not a dataset of ours"):
+        build([demo_dir], tmp_path / "mine")
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["report.json", "thesis.txt"]
 
 
 def test_measurements_against_known_signals():

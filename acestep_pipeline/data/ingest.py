@@ -68,7 +68,7 @@ def build_dataset(
     Raises:
         UsageError: a folder is missing, no track is usable, or `output_dir` holds something else.
     """
-    _check_output(output_dir)
+    previous = _check_output(output_dir)
     tracks, findings = _read_folders(data_dirs, genre_from_folder, min_duration_s, show_progress)
     findings += [Finding(track.id, "warning", reason) for track in tracks for reason in _judge_tags(track)]
     tracks, copies = _reject_copies(tracks)
@@ -86,19 +86,27 @@ def build_dataset(
     findings.sort(key=lambda finding: (("error", "warning", "note").index(finding.severity), finding.track))
     report = BuildReport(output_dir, tracks, findings, fingerprint, reused=False)
     content = _report_content(report, measurements, validated=validate_audio)
-    if (output_dir / REPORT_NAME).is_file() and json.loads((output_dir / REPORT_NAME).read_text()) == content:
+    if content == previous:
         return replace(report, reused=True)
     _write(report, content)
     return report
 
 
-def _check_output(output_dir: Path) -> None:
+def _check_output(output_dir: Path) -> dict | None:
+    """The report of the build that is there, None where nothing is; anything else is not ours to replace."""
     try:
         probe_writable(output_dir.parent)
     except OSError as error:
         raise UsageError(f"--output-dir {output_dir} can't be written ({error.strerror}); choose another.") from error
-    if output_dir.exists() and not (output_dir / REPORT_NAME).is_file() and any(output_dir.iterdir()):
-        raise UsageError(f"--output-dir {output_dir} holds something that is not a dataset of ours; name another.")
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return None
+    try:
+        report = json.loads((output_dir / REPORT_NAME).read_text(encoding="utf-8"))
+        if (output_dir / "state.json").is_file() and report["fingerprint"]:
+            return report
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # a report of somebody else's, or none
+    raise UsageError(f"--output-dir {output_dir} holds something that is not a dataset of ours; name another.")
 
 
 def _read_folders(
@@ -182,11 +190,6 @@ def _measure_cached(track: Track) -> Measurements | AudioError:
 
 
 def _report_content(report: BuildReport, measurements: dict[str, Measurements], *, validated: bool) -> dict:
-    minutes = {genre: 0.0 for genre in sorted({track.genre for track in report.tracks})}
-    for track in report.tracks:
-        minutes[track.genre] += track.duration_s / 60
-    counts = Counter(track.genre for track in report.tracks)
-    genres = {genre or "(none)": {"tracks": counts[genre], "minutes": round(minutes[genre], 2)} for genre in minutes}
     rows = [
         {name: getattr(track, name) for name in COLUMNS if name != "lyrics"}
         | {"measured": measurements[track.id].as_dict() if track.id in measurements else None}
@@ -196,10 +199,20 @@ def _report_content(report: BuildReport, measurements: dict[str, Measurements], 
         "version": __version__,
         "fingerprint": report.fingerprint,
         "validated": validated,
-        "genres": genres,
+        "genres": _count_genres(report.tracks),
         "findings": [asdict(finding) for finding in report.findings],
         "tracks": rows,
     }
+
+
+def _count_genres(tracks: list[Track]) -> dict[str, dict]:
+    """Tracks and minutes of each genre, the longest first."""
+    counts, minutes = Counter(), Counter()
+    for track in tracks:
+        genre = track.genre or "(no genre)"
+        counts[genre] += 1
+        minutes[genre] += track.duration_s / 60
+    return {genre: {"tracks": counts[genre], "minutes": round(total, 2)} for genre, total in minutes.most_common()}
 
 
 def _write(report: BuildReport, content: dict) -> None:
@@ -226,10 +239,15 @@ def _write(report: BuildReport, content: dict) -> None:
     try:
         dataset = Dataset.from_generator(rows, features=features, cache_dir=str(temporary / "cache"))
         dataset.cast_column("audio", Audio(decode=False)).save_to_disk(str(temporary / "dataset"))
-        (temporary / "dataset" / REPORT_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False))
+        (temporary / "dataset" / REPORT_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
         if output_dir.exists():
             os.replace(output_dir, temporary / "old")
-        os.replace(temporary / "dataset", output_dir)
+        try:
+            os.replace(temporary / "dataset", output_dir)
+        except OSError:  # what was there goes back before the temporary folder is removed with it
+            if (temporary / "old").exists():
+                os.replace(temporary / "old", output_dir)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -238,11 +256,8 @@ def describe_build(report: BuildReport) -> str:
     """Every finding, minutes by genre, and what was written, for a person."""
     words = {"error": "rejected"}
     lines = [f"  {words.get(f.severity, f.severity):<9}{f.track}: {f.reason}" for f in report.findings]
-    minutes: Counter = Counter()
-    for track in report.tracks:
-        minutes[track.genre or "(no genre)"] += track.duration_s / 60
-    counts = Counter(track.genre or "(no genre)" for track in report.tracks)
-    lines += [f"  {genre:<24}{counts[genre]:>5} tracks {total:>8.1f} min" for genre, total in minutes.most_common()]
+    for genre, total in _count_genres(report.tracks).items():
+        lines.append(f"  {genre:<24}{total['tracks']:>5} tracks {total['minutes']:>8.1f} min")
     state = "is up to date" if report.reused else "was written"
     rejected = len({finding.track for finding in report.rejected})
     lines.append(f"{report.output_dir} {state}: {len(report.tracks)} tracks, {rejected} rejected; see {REPORT_NAME}.")
