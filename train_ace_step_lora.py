@@ -20,8 +20,8 @@ from acestep_pipeline.training import arguments
 from acestep_pipeline.training.run_directory import (
     check_run_directory,
     clear_run,
+    describe_kept,
     find_checkpoint,
-    list_checkpoints,
 )
 
 
@@ -231,10 +231,9 @@ def train(args: argparse.Namespace) -> None:
             # An infinite gradient is fp16's way of finding its scale: the scaler skips that step.
             if not math.isfinite(update_loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
                 names = ", ".join(sorted({tracks[item].id for item in items}))
-                kept = list_checkpoints(args.output_dir)
                 raise RunError(
                     f"the loss or gradient of update {done + 1} is not finite (tracks: {names}); try a lower "
-                    f"--learning_rate or --max_grad_norm. Kept: {kept[-1] if kept else 'no checkpoint yet'}."
+                    f"--learning_rate or --max_grad_norm. {describe_kept(args.output_dir)}"
                 )
             line = {"loss": update_loss, "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
             optimizer.step()

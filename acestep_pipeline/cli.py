@@ -110,9 +110,9 @@ def _generate(args: argparse.Namespace) -> int:
         raise UsageError(f"--duration must be between 1 and 600 seconds, not {args.duration:g}.")
     if args.compare and not args.adapter:
         raise UsageError("--compare needs --adapter: without one there is nothing to compare.")
-    for name in ("num_inference_steps", "shift", "bpm"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise UsageError(f"--{name} must be positive, not {getattr(args, name)}.")
+    if args.bpm is not None and not args.bpm > 0:
+        raise UsageError(f"--bpm must be positive, not {args.bpm}.")
+    sampling = SamplingSettings(args.num_inference_steps, args.guidance_scale, args.shift, args.seed)
     lyrics = INSTRUMENTAL
     if args.lyrics is not None:
         try:
@@ -137,7 +137,6 @@ def _generate(args: argparse.Namespace) -> int:
         timesignature=args.timesignature,
         audio_duration=args.duration,
     )
-    sampling = SamplingSettings(args.num_inference_steps, args.guidance_scale, args.shift, args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_audio(args.output, generate(pipeline, fields, sampling), sample_rate=pipeline.sample_rate)
     print(f"Wrote {args.output}")

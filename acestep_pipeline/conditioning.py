@@ -1,7 +1,7 @@
 """From a track's text to the tensors the DiT is conditioned on: the same code path as inference, run once."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from diffusers import AceStepPipeline
@@ -16,7 +16,7 @@ INSTRUMENTAL = "[Instrumental]"
 
 @dataclass(frozen=True)
 class PromptFields:
-    """What the model is told about a clip, with `AceStepPipeline.__call__`'s names."""
+    """What the model is told about a clip: arguments, by name, of `AceStepPipeline.__call__` and `encode_prompt`."""
 
     prompt: str
     lyrics: str = INSTRUMENTAL
@@ -44,14 +44,8 @@ def encode_condition(pipeline: AceStepPipeline, fields: PromptFields) -> Encoded
     """
     device = pipeline.condition_encoder.device
     text, text_mask, lyric, lyric_mask = pipeline.encode_prompt(
-        prompt=fields.prompt,
-        lyrics=fields.lyrics,
+        **asdict(fields),
         device=device,
-        vocal_language=fields.vocal_language,
-        audio_duration=fields.audio_duration,
-        bpm=fields.bpm,
-        keyscale=fields.keyscale,
-        timesignature=fields.timesignature,
         max_text_length=MAX_TEXT_TOKENS,
         max_lyric_length=MAX_LYRIC_TOKENS,
     )
@@ -71,15 +65,7 @@ def encode_condition(pipeline: AceStepPipeline, fields: PromptFields) -> Encoded
 
 def count_lost_tokens(pipeline: AceStepPipeline, fields: PromptFields) -> tuple[int, int]:
     """Tokens of the prompt and of the lyrics beyond the model's limits, which `encode_prompt` cuts silently."""
-    text, lyric = pipeline._format_prompt(
-        prompt=fields.prompt,
-        lyrics=fields.lyrics,
-        vocal_language=fields.vocal_language,
-        audio_duration=fields.audio_duration,
-        bpm=fields.bpm,
-        keyscale=fields.keyscale,
-        timesignature=fields.timesignature,
-    )
+    text, lyric = pipeline._format_prompt(**asdict(fields))
     text_tokens, lyric_tokens = (len(ids) for ids in pipeline.tokenizer([text, lyric]).input_ids)
     return max(0, text_tokens - MAX_TEXT_TOKENS), max(0, lyric_tokens - MAX_LYRIC_TOKENS)
 

@@ -1,7 +1,7 @@
 """From a prompt to audio files: one request, or the same one with and without an adapter."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +53,7 @@ def generate(pipeline: ACEStepPipeline, fields: PromptFields, sampling: Sampling
     """
     sampling = sampling.resolved(is_turbo=pipeline.is_turbo)
     audio = pipeline(
-        prompt=fields.prompt,
-        lyrics=fields.lyrics,
-        vocal_language=fields.vocal_language,
-        bpm=fields.bpm,
-        keyscale=fields.keyscale,
-        timesignature=fields.timesignature,
-        audio_duration=fields.audio_duration,
+        **asdict(fields),
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
         shift=sampling.shift,

@@ -4,7 +4,6 @@ Its weights are random: what it generates is noise-like texture, not music. It e
 path (tokenizer, text encoder, VAE, condition encoder, DiT, LoRA loader) runs on any machine within seconds.
 """
 
-import math
 import os
 import shutil
 import sys
@@ -191,4 +190,4 @@ def tiny_checkpoint_path() -> Path:
 
 def size_bytes(directory: Path) -> int:
     """Bytes of all files under `directory`."""
-    return sum(math.ceil(path.stat().st_size) for path in directory.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

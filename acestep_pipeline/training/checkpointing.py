@@ -12,12 +12,12 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from ..adapters import lora_state_dict, save_lora
+from ..adapters import save_lora
 from ..errors import RunError, UsageError
 from ..files import write_tensors
-from .run_directory import CHECKPOINT_PREFIX, STATE_NAME, list_checkpoints
+from ..paths import LORA_WEIGHTS_NAME
+from .run_directory import CHECKPOINT_PREFIX, STATE_NAME, describe_kept, list_checkpoints
 
-ADAPTER_NAME = "adapter.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
 
 
@@ -39,19 +39,16 @@ def save_checkpoint(
     Raises:
         RunError: the adapter has NaN or infinite weights; nothing is written or removed then.
     """
-    adapter = lora_state_dict(transformer)
-    if not all(tensor.isfinite().all() for tensor in adapter.values()):
-        kept = list_checkpoints(output_dir)
+    if not all(parameter.isfinite().all() for parameter in transformer.parameters() if parameter.requires_grad):
         raise RunError(
             f"update {update} made the adapter's weights NaN or infinite; try a lower --learning_rate. "
-            f"Kept: {kept[-1] if kept else 'no checkpoint yet'}."
+            f"{describe_kept(output_dir)}"
         )
     final = Path(output_dir) / f"{CHECKPOINT_PREFIX}{update}"
     temporary = Path(output_dir) / f".partial-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_lora(transformer, temporary)
-    write_tensors(temporary / ADAPTER_NAME, adapter)
     tensors, values = _flatten(optimizer.state_dict())
     write_tensors(temporary / OPTIMIZER_NAME, tensors)
     state = {
@@ -81,7 +78,9 @@ def load_checkpoint(
 ) -> int:
     """Restore adapter, optimizer, schedule and scaler in place; returns the number of updates done."""
     state = json.loads((checkpoint / STATE_NAME).read_text())
-    result = set_peft_model_state_dict(transformer, load_file(checkpoint / ADAPTER_NAME))
+    weights = load_file(checkpoint / LORA_WEIGHTS_NAME)
+    adapter = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    result = set_peft_model_state_dict(transformer, adapter)
     if result.unexpected_keys:
         raise UsageError(f"{checkpoint} has weights for modules this adapter lacks: {result.unexpected_keys[:3]}.")
     optimizer.load_state_dict(_unflatten(load_file(checkpoint / OPTIMIZER_NAME), state["optimizer"]))

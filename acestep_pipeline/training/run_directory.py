@@ -79,6 +79,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
 
 
+def describe_kept(output_dir: Path) -> str:
+    """What a run that fails now leaves to resume from, for its error."""
+    checkpoints = list_checkpoints(output_dir)
+    return f"Kept: {checkpoints[-1] if checkpoints else 'no checkpoint yet'}."
+
+
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
     """The checkpoint to resume from: the newest for `latest` (None if there is none yet), else the path given.
 
