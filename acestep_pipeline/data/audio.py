@@ -88,18 +88,35 @@ def read_audio(source: Path | bytes, *, sample_rate: int = SAMPLE_RATE) -> np.nd
     Raises `AudioError` where the file can't be read to its end or holds NaN or infinite samples.
     """
     with _open(source) as sound:
-        samples = round(sound.frames * sample_rate / sound.samplerate)
-        waveform = np.empty((2, samples), np.float32)
-        resampler = soxr.ResampleStream(sound.samplerate, sample_rate, 2, dtype="float32", quality="HQ")
+        waveform = np.empty((2, _samples(sound, sample_rate)), np.float32)
         position = 0
-        for block in _blocks(sound):
-            chunk = to_stereo(block.T).T if len(block) else np.empty((0, 2), np.float32)
-            if sound.samplerate != sample_rate:
-                chunk = resampler.resample_chunk(np.ascontiguousarray(chunk), last=not len(block))
-            chunk = chunk[: samples - position]
-            waveform[:, position : position + len(chunk)] = chunk.T
-            position += len(chunk)
-    return waveform if position == samples else np.ascontiguousarray(waveform[:, :position])
+        for chunk in _stream(sound, sample_rate):
+            waveform[:, position : position + chunk.shape[1]] = chunk
+            position += chunk.shape[1]
+    return waveform if position == waveform.shape[1] else np.ascontiguousarray(waveform[:, :position])
+
+
+def stream_audio(source: Path | bytes, *, sample_rate: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
+    """The waveform of `read_audio` in order, in blocks `[2, samples]` of a few seconds, so that memory stays flat."""
+    with _open(source) as sound:
+        yield from _stream(sound, sample_rate)
+
+
+def _samples(sound: soundfile.SoundFile, sample_rate: int) -> int:
+    return round(sound.frames * sample_rate / sound.samplerate)
+
+
+def _stream(sound: soundfile.SoundFile, sample_rate: int) -> Iterator[np.ndarray]:
+    """Stereo blocks `[2, samples]` at `sample_rate`, no more of them in all than the exact length."""
+    left = _samples(sound, sample_rate)
+    resampler = soxr.ResampleStream(sound.samplerate, sample_rate, 2, dtype="float32", quality="HQ")
+    for block in _blocks(sound):
+        chunk = to_stereo(block.T).T if len(block) else np.empty((0, 2), np.float32)
+        if sound.samplerate != sample_rate:
+            chunk = resampler.resample_chunk(np.ascontiguousarray(chunk), last=not len(block))
+        chunk = chunk[:left]
+        left -= len(chunk)
+        yield chunk.T
 
 
 def to_stereo(waveform: np.ndarray) -> np.ndarray:

@@ -21,11 +21,24 @@ UNSUPPORTED_SUFFIXES = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka
 
 
 @dataclass(frozen=True)
+class Rights:
+    """Whose a recording is and where it comes from, as far as anyone said; training does not look at it."""
+
+    title: str = ""
+    artist: str = ""
+    rights_holder: str = ""
+    isrc: str = ""
+    license: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Track:
     """One piece of audio and what is known about it.
 
     `audio` says where the encoded file is, `source` gives it; `duration_s`, `sample_rate` and `channels` are those
-    of the file.
+    of the file. `sampling_weight` is the mean number of visits in an epoch, `machine_made` names the text fields that
+    a program filled in and no person.
     """
 
     id: str
@@ -41,6 +54,9 @@ class Track:
     sample_rate: int
     channels: int
     sha256: str
+    sampling_weight: float = 1.0
+    machine_made: tuple[str, ...] = ()
+    rights: Rights = Rights()
 
     @property
     def source(self) -> Path | bytes:
@@ -281,10 +297,11 @@ def _sha256(audio: Path | bytes) -> str:
 
 
 def dataset_fingerprint(tracks: list[Track]) -> str:
-    """SHA-256 over every track's audio hash and text: equal for equal data, wherever it lies."""
+    """SHA-256 over all of every track that training looks at: equal for equal data, wherever it lies."""
     digest = hashlib.sha256()
     for track in sorted(tracks, key=lambda track: track.id):
-        fields = {name: value for name, value in vars(track).items() if name != "audio"}
+        unseen = {"audio", "machine_made", "rights"}
+        fields = {name: value for name, value in vars(track).items() if name not in unseen}
         digest.update(json.dumps(fields, sort_keys=True).encode())
     return digest.hexdigest()
 
