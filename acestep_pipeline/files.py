@@ -1,11 +1,16 @@
 """Writing files so that a finished name is a finished file, readable by whoever may read its neighbours."""
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from .errors import UsageError
+from .paths import cache_dir
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -25,6 +30,52 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_directory(directory: Path) -> Iterator[Callable[[], contextlib.AbstractContextManager[Path]]]:
+    """Hold `directory` for one writer, who may put a new one in its place.
+
+    Yields a function that makes a context: a new, empty folder beside `directory` that takes its name when the
+    context ends without an error. A writer that was killed leaves such a folder (and perhaps the old directory in it);
+    the next one, on the same machine and cache directory, puts things right and removes it.
+
+    Raises:
+        UsageError: another process holds the directory.
+    """
+    from filelock import FileLock, Timeout
+
+    directory = directory.absolute()
+    partial = directory.with_name(f".partial-{directory.name}")
+    locks = cache_dir() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:32]
+    try:
+        with FileLock(locks / f"{name}.lock", timeout=0):
+            _clean_up(partial, directory)
+            yield lambda: _replacement(partial, directory)
+    except Timeout:
+        raise UsageError(f"{directory} is being written by another process; wait for it to end.") from None
+
+
+def _clean_up(partial: Path, directory: Path) -> None:
+    if (partial / "old").exists() and not directory.exists():
+        os.replace(partial / "old", directory)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _replacement(partial: Path, directory: Path) -> Iterator[Path]:
+    new = partial / "new"
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if directory.exists():
+            os.replace(directory, partial / "old")
+        os.replace(new, directory)
+        shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        _clean_up(partial, directory)
 
 
 def write_text(path: Path, text: str) -> None:
