@@ -126,8 +126,14 @@ def train(args: argparse.Namespace) -> None:
     arguments.fill_model_defaults(args, transformer.config, is_turbo=inputs.is_turbo)
 
     # -------------------------------------------------------------------------------------- optimizer and schedule
-    items_per_update = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    per_epoch = batching.updates_per_epoch(len(tracks), items_per_update)
+    planner = batching.EpochPlanner(
+        tracks,
+        seed=args.seed,
+        micro_batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        num_processes=num_processes,
+    )
+    per_epoch = planner.updates_per_epoch
     num_updates = args.num_updates = args.max_train_steps or args.num_train_epochs * per_epoch
     if args.lr_warmup_steps is None:
         args.lr_warmup_steps = optimization.default_warmup_steps(num_updates)
@@ -178,29 +184,21 @@ def train(args: argparse.Namespace) -> None:
         accelerator.init_trackers("ace-step-lora", config=tracking.plain_values(vars(args)))
 
     # -------------------------------------------------------------------------------------------------------- loop
-    minutes = sum(track.crop_frames for track in tracks) / inputs.frames_per_second / 60
     say(
-        f"Training {sum(p.numel() for p in inputs.lora_parameters):,} parameters on {len(tracks)} tracks "
-        f"({minutes:.1f} min of crops): {num_updates} updates of {items_per_update} tracks, {per_epoch} an epoch."
+        f"Training {sum(p.numel() for p in inputs.lora_parameters):,} parameters on "
+        f"{setup.describe_tracks(tracks, inputs.frames_per_second)}: {num_updates} updates of "
+        f"{planner.items_per_update} windows, {per_epoch} an epoch."
     )
     draw = batching.DrawSettings(
         seed=args.seed, cfg_dropout=args.cfg_dropout, mu=args.timestep_mu, sigma=args.timestep_sigma
     )
-    shapes = [(track.crop_frames, track.num_condition_tokens) for track in tracks]
     channels = inputs.silence_latent.shape[-1]
     started = time.monotonic()
     progress = progress_bar(total=num_updates, initial=done, desc="Training", unit="update", disable=not main)
 
     while done < num_updates:
         epoch = done // per_epoch
-        plan = batching.plan_epoch(
-            shapes,
-            epoch=epoch,
-            seed=args.seed,
-            micro_batch_size=args.train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            num_processes=num_processes,
-        )[done % per_epoch :][: num_updates - done]
+        plan = planner.plan(epoch)[done % per_epoch :][: num_updates - done]
         own_micro_batches = [micro for update in plan for micro in update[rank]]
         batches = iter(
             DataLoader(
@@ -213,7 +211,7 @@ def train(args: argparse.Namespace) -> None:
         for update in plan:
             # Dividing by the elements of the whole update, on every process, makes its loss one plain mean.
             items = [item for process in update for micro in process if micro.weight for item in micro.items]
-            elements = channels * sum(tracks[item].crop_frames for item in items)
+            elements = channels * sum(tracks[item.track].crop_frames for item in items)
             update_loss = torch.zeros((), device=device)
             for step, micro in enumerate(update[rank]):
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
@@ -230,7 +228,7 @@ def train(args: argparse.Namespace) -> None:
             update_loss = accelerator.reduce(update_loss, "sum").item()
             # An infinite gradient is fp16's way of finding its scale: the scaler skips that step.
             if not math.isfinite(update_loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
-                names = ", ".join(sorted({tracks[item].id for item in items}))
+                names = ", ".join(sorted({tracks[item.track].id for item in items}))
                 raise RunError(
                     f"the loss or gradient of update {done + 1} is not finite (tracks: {names}); try a lower "
                     f"--learning_rate or --max_grad_norm. {describe_kept(args.output_dir)}"
@@ -274,12 +272,12 @@ def train(args: argparse.Namespace) -> None:
         device=device,
         weight_dtype=weight_dtype,
         prompts=choose_prompts(
-            [track.fields for track in tracks],
+            [track.windows[0].fields for track in tracks],
             prompt=args.validation_prompt,
             num_samples=args.num_validation_samples,
             duration_s=args.validation_duration_s,
         ),
-        example_prompt=tracks[0].fields.prompt,
+        example_prompt=tracks[0].windows[0].fields.prompt,
         num_inference_steps=args.validation_inference_steps,
         seed=args.seed,
         card_rows=arguments.describe_run(args, facts, num_tracks=len(tracks), training_s=training_s),

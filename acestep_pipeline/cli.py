@@ -1,6 +1,8 @@
 """The `acestep-lora` command. Each subcommand imports what it needs when it runs, so that `--help` is quick."""
 
 import argparse
+import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -50,17 +52,47 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "dataset", "build a dataset from folders of music", None)
     actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
-    command = _command(actions, "build", "read, check and pack folders of audio", _dataset_build)
-    command.add_argument("--data-dir", type=Path, nargs="+", required=True, help="folder or folders of audio")
-    command.add_argument("--output-dir", type=Path, required=True, help="where the dataset goes")
-    command.add_argument("--validate-audio", action="store_true", help="decode every file and look for what is wrong")
-    command.add_argument("--genre-from-folder", action="store_true", help="a missing genre is the folder's name")
-    command.add_argument("--min-duration-s", type=float, default=0.0, help="reject shorter tracks (default: 0)")
-    command.add_argument("--num-workers", type=int, help="threads that decode (default: the number of cores)")
+    _add_build_arguments(_command(actions, "build", "read, check and pack folders of audio", _dataset_build))
 
     command = _command(commands, "doctor", "check this machine and say how to fix what is wrong", doctor.run)
     doctor.add_arguments(command)
     return parser
+
+
+def _add_build_arguments(command: argparse.ArgumentParser) -> None:
+    g = command.add_argument_group("input and output")
+    g.add_argument(
+        "--data-dir", nargs="+", required=True, metavar="DIR", help="folders of audio, or s3://bucket/prefix"
+    )
+    g.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the dataset goes")
+    g.add_argument("--link", action="store_true", help="refer to the audio files where they are instead of copying")
+    g.add_argument("--min-duration-s", type=float, default=2.0, metavar="S", help="reject shorter tracks (default: 2)")
+    g = command.add_argument_group("what is checked")
+    g.add_argument(
+        "--validate-audio", action="store_true", help="decode every file completely and look for what is wrong"
+    )
+    g.add_argument("--drop-near-duplicates", action="store_true", help="reject what sounds the same as another track")
+    g = command.add_argument_group(
+        "what is filled in", "only where you left a field empty, and marked as machine-made"
+    )
+    g.add_argument(
+        "--genre-from-folder", action="store_true", help="a missing genre is the name of the track's folder"
+    )
+    g.add_argument(
+        "--auto-tag", action="store_true", help="estimate missing BPM and key; unsure ones stay empty [auto-tag]"
+    )
+    g.add_argument("--captioner", metavar="MODULE:FUNCTION", help="describe tracks without tags with your function")
+    g = command.add_argument_group("what is trained on")
+    g.add_argument("--balance", type=float, nargs="?", const=1.0, default=0.0, metavar="X",
+                   help="hear small genres more often: 1 (bare flag) evens all genres out")  # fmt: skip
+    g.add_argument(
+        "--holdout", type=float, default=0.0, metavar="X", help="hold this share of every genre out, e.g. 0.1"
+    )
+    g = command.add_argument_group("how it runs")
+    g.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: on a cluster, same output [ray]")
+    g.add_argument(
+        "--num-workers", type=int, metavar="N", help="tracks decoded at a time (default: the number of cores)"
+    )
 
 
 def _command(commands, name: str, description: str, run) -> argparse.ArgumentParser:
@@ -100,9 +132,9 @@ def _load_pipeline(args: argparse.Namespace, *, to_encode: bool = False):
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from .conditioning import INSTRUMENTAL, PromptFields
     from .data.audio import AUDIO_SUFFIXES, write_audio
     from .generation import SamplingSettings, generate
+    from .prompt_fields import INSTRUMENTAL, PromptFields
 
     if args.output.suffix.lower() not in AUDIO_SUFFIXES:
         raise UsageError(f"--output {args.output}: the ending must be one of {', '.join(sorted(AUDIO_SUFFIXES))}.")
@@ -176,20 +208,16 @@ def _cache(args: argparse.Namespace) -> int:
 
 
 def _dataset_build(args: argparse.Namespace) -> int:
-    from .data.ingest import build_dataset, describe_build
+    from .data.build_report import BuildOptions, describe_build
+    from .data.ingest import build_dataset
 
     if args.num_workers is not None and args.num_workers < 1:
         raise UsageError(f"--num-workers must be at least 1, not {args.num_workers}.")
-    report = build_dataset(
-        args.data_dir,
-        args.output_dir,
-        validate_audio=args.validate_audio,
-        genre_from_folder=args.genre_from_folder,
-        min_duration_s=args.min_duration_s,
-        num_workers=args.num_workers,
-    )
+    options = BuildOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(BuildOptions)})
+    report = build_dataset(args.data_dir, args.output_dir, options, engine=args.engine, num_workers=args.num_workers)
     print(describe_build(report))
-    print(f"Next: accelerate launch train_ace_step_lora.py --preset c --train_data_dir {args.output_dir}")
+    output_dir = shlex.quote(str(args.output_dir))
+    print(f"Next: accelerate launch train_ace_step_lora.py --preset c --train_data_dir {output_dir}")
     return 0
 
 

@@ -6,25 +6,13 @@ from dataclasses import asdict, dataclass
 import torch
 from diffusers import AceStepPipeline
 
+from .prompt_fields import PromptFields
+
 # Limits of the official code and of `AceStepPipeline.encode_prompt`.
 MAX_TEXT_TOKENS = 256
 MAX_LYRIC_TOKENS = 2048
 # Timbre reference where there is no reference audio: 30 s of the silence latent.
 TIMBRE_DURATION_S = 30
-INSTRUMENTAL = "[Instrumental]"
-
-
-@dataclass(frozen=True)
-class PromptFields:
-    """What the model is told about a clip: arguments, by name, of `AceStepPipeline.__call__` and `encode_prompt`."""
-
-    prompt: str
-    lyrics: str = INSTRUMENTAL
-    vocal_language: str = "unknown"
-    bpm: int | None = None
-    keyscale: str | None = None
-    timesignature: str | None = None
-    audio_duration: float = 60.0
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .conditioning import PromptFields
 from .data.audio import write_audio
 from .errors import UsageError
 from .pipeline import ACEStepPipeline
+from .prompt_fields import PromptFields
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,27 @@ def tiny_pipeline(tiny_dir):
 
 
 @pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3 server, started when the first test asks for it."""
+    from tests.s3_server import running_s3_server
+
+    with running_s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_folder(s3_server, monkeypatch):
+    """An empty folder of the test's own on the S3 server, with the environment that lets the project read it."""
+    from tests.s3_server import S3Folder
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return S3Folder(s3_server)
+
+
+@pytest.fixture(scope="session")
 def demo_dir(tmp_path_factory) -> Path:
     """Six rendered clips of four seconds with tags: quick to encode. Train on them with `--min_duration_s 1`."""
     from acestep_pipeline.data.demo_music import render_demo_dataset

@@ -2,6 +2,8 @@ import contextlib
 import io
 import os
 import struct
+import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,7 +11,16 @@ import pytest
 import soundfile
 
 from acestep_pipeline.data import audio
-from acestep_pipeline.data.audio import AudioError, AudioInfo, probe_audio, read_audio, to_stereo, write_audio
+from acestep_pipeline.data.audio import (
+    AudioError,
+    AudioInfo,
+    probe_audio,
+    read_audio,
+    stream_audio,
+    to_stereo,
+    write_audio,
+)
+from acestep_pipeline.data.containers import Patched
 
 SUFFIXES = (".wav", ".flac", ".aiff", ".ogg", ".opus", ".mp3")
 ENCODINGS = {
@@ -106,7 +117,7 @@ def test_bytes_and_path_give_the_same_samples_every_time(tmp_path, encoded, suff
 
 def test_block_borders_leave_no_trace(encoded, monkeypatch):
     whole = {suffix: read_audio(data, sample_rate=44_100) for suffix, data in encoded.items()}
-    monkeypatch.setattr(audio, "_BLOCK_FRAMES", 5000)
+    monkeypatch.setattr(audio, "BLOCK_FRAMES", 5000)
     for suffix, data in encoded.items():
         np.testing.assert_allclose(read_audio(data, sample_rate=44_100), whole[suffix], atol=1e-6)
 
@@ -150,6 +161,48 @@ def test_rates_and_depths(sample_rate, codec, channels):
 def test_very_short_files(samples):
     data = encode(np.full(samples, 0.1), "WAV", "PCM_16", 44_100)
     assert abs(read_audio(data).shape[1] - samples * 48_000 / 44_100) <= 1
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_fifth_of_a_second_and_silence(suffix):
+    waveform = read_audio(encode(np.zeros((2, 9600)), *ENCODINGS[suffix]))
+    assert waveform.shape == (2, 9600)
+    assert np.abs(waveform).max() < 1e-4
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("name", ["日本語の曲", "🎹🔥", "two\nlines", " "])
+def test_any_name_can_be_read_and_written(tmp_path, suffix, name):
+    path = tmp_path / (name + suffix)
+    write_audio(path, np.zeros((1, 9600)))
+    assert read_audio(path).shape == (2, 9600)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_bytes_decide_not_the_name(tmp_path, encoded, suffix):
+    for wrong in {".wav", ".mp3", ".m4a", ""} - {suffix}:
+        path = tmp_path / f"song{wrong}"
+        path.write_bytes(encoded[suffix])
+        assert probe_audio(path).format == "/".join(ENCODINGS[suffix])
+        assert read_audio(path).shape == (2, 4 * 48_000)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
+def test_memory_stays_flat(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(audio, "BLOCK_FRAMES", 1 << 14)
+    music = np.random.default_rng(0).normal(0, 0.1, (2, 20 * 44_100))
+    path = tmp_path / f"long{suffix}"
+    write_audio(path, music, sample_rate=44_100)
+    if suffix == ".wav":
+        path.write_bytes(with_wav_sizes(path.read_bytes(), 0, 0))  # which has to be repaired
+    tracemalloc.start()
+    try:
+        samples = sum(block.shape[1] for block in stream_audio(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert samples == 20 * 48_000
+    assert peak < 0.15 * music.size * 4
 
 
 def test_float_files_keep_values_beyond_full_scale():
@@ -272,6 +325,51 @@ def test_damage_in_the_middle_is_found(encoded, suffix):
     middle = len(data) // 2
     data[middle : middle + 4000] = np.random.default_rng(1).bytes(4000)
     assert "damaged" in refusal(bytes(data))
+
+
+@pytest.mark.parametrize("codec", ["PCM_S8", "PCM_16", "PCM_24"])
+@pytest.mark.parametrize("tag", [b"", b"ID3\x04\x00\x00" + bytes([0, 0, 2, 0]) + bytes(256)])
+def test_a_flac_whose_md5_is_wrong_is_found_when_it_is_decoded(noisy, codec, tag):
+    flac = encode(noisy[:, :48_001], "FLAC", codec)
+    assert any(flac[26:42])
+    expected = read_audio(tag + flac)
+    scale = 2 ** (int(codec.removeprefix("PCM_S").removeprefix("PCM_")) - 1)
+    np.testing.assert_allclose(expected, noisy[:, :48_001], atol=2 / scale)
+    unknown = tag + flac[:26] + bytes(16) + flac[42:]
+    assert np.array_equal(read_audio(unknown), expected)
+    wrong = tag + flac[:30] + bytes([flac[30] ^ 1]) + flac[31:]
+    assert probe_audio(wrong).frames == 48_001
+    for decode in (read_audio, lambda source: list(stream_audio(source))):
+        assert refusal(wrong, decode) == "the file is damaged: its MD5 is not that of its sound"
+    next(stream_audio(wrong))  # who stops early is not told
+
+
+def test_the_md5_spans_blocks_and_channels(noisy, monkeypatch):
+    monkeypatch.setattr(audio, "BLOCK_FRAMES", 5000)
+    for channels in (1, 2, 6):
+        samples = np.tile(noisy[:1], (channels, 1)) * np.linspace(0.5, 1, channels)[:, None]
+        assert read_audio(encode(samples, "FLAC", "PCM_24")).shape == (2, noisy.shape[1])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_is_cut_while_it_is_read(tmp_path, encoded, suffix, monkeypatch):
+    monkeypatch.setattr(audio, "BLOCK_FRAMES", 5000)
+    path = tmp_path / f"music{suffix}"
+    path.write_bytes(encoded[suffix])
+    blocks = stream_audio(path)
+    next(blocks)
+    os.truncate(path, len(encoded[suffix]) // 2)
+    with pytest.raises(AudioError, match="truncated or damaged"):
+        list(blocks)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_vanishes_before_it_is_decoded(tmp_path, encoded, suffix, monkeypatch):
+    path = tmp_path / f"music{suffix}"
+    path.write_bytes(encoded[suffix])
+    check = audio._check_container
+    monkeypatch.setattr(audio, "_check_container", lambda *args: (check(*args), path.unlink())[0])
+    assert refusal(path) == "the file does not exist"
 
 
 def test_a_header_cut_short_is_refused(encoded):
@@ -411,18 +509,25 @@ def test_text_under_an_audio_name(tmp_path, data):
 @pytest.mark.parametrize(
     "head, name",
     [
-        (b"\0\0\0\x20ftypM4A \0\0\0\0", "MP4/M4A"),
-        (b"\x1a\x45\xdf\xa3\x01\0\0\0", "WebM/Matroska"),
-        (bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), "WMA/ASF"),
+        (b"\0\0\0\x08wide\0\0\0\x08moov", "MP4/M4A"),
+        (b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67\xff", "WebM/Matroska"),
+        (bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c") + struct.pack("<Q", 30) + bytes(30), "WMA/ASF"),
+        (b"\x0b\x77\xe3\x91\x14\x40", "AC-3"),
+        (b"\x0b\x77\x01\x7f\x34\x87", "E-AC-3"),
+        (b"MAC \x96\x0f", "Monkey's Audio"),
+        (b"caff\0\x01\0\0desc", "CAF"),
         (b"\xff\xf1\x50\x80\x2e\x7f\xfc", "AAC"),
         (ID3V2 + b"\xff\xf9\x50\x80\x2e\x7f\xfc", "AAC"),
     ],
 )
-def test_unsupported_containers_are_named(tmp_path, head, name):
+def test_what_needs_pyav_is_named_with_the_fix(tmp_path, head, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)  # importing it fails, as where it is not installed
     path = tmp_path / "song.mp3"
     path.write_bytes(head + np.random.default_rng(0).bytes(5000))
     for function in (probe_audio, read_audio):
-        assert refusal(path, function) == f"{name} is not supported: convert it to flac or wav"
+        assert refusal(path, function) == (
+            f"{name} needs PyAV: pip install 'ace-step-lora[av]', or convert it to flac or wav"
+        )
 
 
 def test_formats_nobody_asked_for_are_refused_not_guessed(tmp_path):
@@ -495,3 +600,20 @@ def test_a_file_without_read_permission(tmp_path):
 def test_a_header_that_ends_early_is_a_reason_not_a_crash(data):
     with pytest.raises(AudioError):
         probe_audio(data)
+
+
+def test_a_patched_file_reads_as_one(tmp_path):
+    data = bytes(range(200))
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    expected = b"HEAD" + data[50:]
+    with open(path, "rb") as handle:
+        patched = Patched(handle, b"HEAD", 50)
+        assert patched.read() == expected
+        for start, count in ((0, 2), (0, 10), (3, 1), (3, 50), (4, 5), (100, 100), (500, 3)):
+            patched.seek(start)
+            assert patched.read(count) == expected[start : start + count]
+            assert patched.tell() == start + len(expected[start : start + count])
+        assert patched.seek(-3, os.SEEK_END) == len(expected) - 3
+        assert patched.seek(1, os.SEEK_CUR) == len(expected) - 2
+        assert patched.read() == expected[-2:]

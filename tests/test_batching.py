@@ -1,64 +1,199 @@
-"""Plans and keyed randomness: every item once, the same draws however an update is divided."""
+"""Plans and keyed randomness: every visit and window in its turn, the same draws however an update is divided."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from acestep_pipeline.conditioning import PromptFields
 from acestep_pipeline.data.batching import (
     DrawSettings,
+    EpochPlanner,
+    Item,
+    MicroBatch,
     MicroBatchDataset,
+    Visits,
     keyed_generator,
-    plan_epoch,
-    updates_per_epoch,
 )
-from acestep_pipeline.data.latent_cache import CachedTrack
+from acestep_pipeline.data.latent_cache import CachedTrack, Window, plan_windows
 from acestep_pipeline.files import write_tensors
 
 SHAPES = [(50, 9), (50, 9), (100, 9), (50, 11), (50, 9), (100, 9), (100, 12), (50, 9), (50, 9), (100, 9)]
 SETTINGS = DrawSettings(seed=0, cfg_dropout=0.5, mu=-0.4, sigma=1.0)
+DIVISIONS = [(1, 1, 1), (4, 1, 1), (1, 4, 2), (3, 1, 3)]
+weights_of_a_set = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40)
 
 
-def plan(**changes):
-    arguments = {"epoch": 0, "seed": 0, "micro_batch_size": 1, "accumulation": 4, "num_processes": 1} | changes
-    return plan_epoch(SHAPES, **arguments)
+def track(crop_frames=50, *, num_frames=None, tokens=(9,), weight=1.0, latents=Path("latents"), condition="condition"):
+    """A track with as many windows as its length needs; `tokens` are those of its windows, in turn."""
+    starts = plan_windows(num_frames or crop_frames, crop_frames)
+    windows = tuple(
+        Window(start, PromptFields("x"), Path(condition), tokens[index % len(tokens)])
+        for index, start in enumerate(starts)
+    )
+    return CachedTrack("song", latents, num_frames or crop_frames, crop_frames, windows, weight)
 
 
-@pytest.mark.parametrize("micro_batch_size, accumulation, num_processes", [(1, 1, 1), (4, 1, 1), (1, 4, 2), (3, 1, 3)])
-def test_every_item_once_an_epoch(micro_batch_size, accumulation, num_processes):
-    sizes = {"micro_batch_size": micro_batch_size, "accumulation": accumulation, "num_processes": num_processes}
-    epoch = plan(**sizes)
-    micro_batches = [micro for update in epoch for process in update for micro in process]
-    visits = Counter(item for micro in micro_batches if micro.weight for item in micro.items)
-    assert visits == Counter(range(len(SHAPES)))
-    assert len(epoch) == updates_per_epoch(len(SHAPES), micro_batch_size * accumulation * num_processes)
+# Tracks of one to four windows, some of which have conditions of different lengths.
+TRACKS = [
+    track(frames, num_frames=(1 + index % 4) * frames, tokens=(tokens, 9)) for index, (frames, tokens) in
+    enumerate(SHAPES)
+]  # fmt: skip
+
+
+def planner(tracks=TRACKS, *, seed=0, micro_batch_size=1, accumulation=4, num_processes=1):
+    return EpochPlanner(
+        tracks, seed=seed, micro_batch_size=micro_batch_size, accumulation=accumulation, num_processes=num_processes
+    )
+
+
+def visited(plan):
+    """The items of an epoch that count."""
+    return [item for update in plan for process in update for micro in process if micro.weight for item in micro.items]
+
+
+# --- Windows
+
+
+def test_windows_are_the_fewest_that_cover_a_track_and_no_frame_is_in_three():
+    for crop in (1, 2, 7, 50):
+        for num_frames in range(crop, 12 * crop + 1):
+            starts = plan_windows(num_frames, crop)
+            assert len(starts) == -(-num_frames // crop)
+            assert (starts[0], starts[-1]) == (0, num_frames - crop)
+            heard = Counter(frame for start in starts for frame in range(start, start + crop))
+            assert set(heard) == set(range(num_frames)) and max(heard.values()) <= 2
+            gaps = {after - before for before, after in zip(starts, starts[1:], strict=False)}
+            assert len(starts) < 2 or max(gaps) - min(gaps) <= 1, "they are spaced evenly"
+
+
+def test_a_minute_and_a_second_is_two_windows_of_a_minute():
+    assert plan_windows(61 * 25, 60 * 25) == (0, 25)
+    assert plan_windows(60 * 25, 60 * 25) == (0,)
+    assert plan_windows(10 * 60 * 25, 240 * 25) == (0, 4500, 9000)
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 3, [2.5, 0.7, 1.3]])
+def test_as_many_visits_as_windows_hear_each_window_once(weights):
+    num_windows = (1, 3, 5)
+    visits = Visits(num_windows, weights, seed=0)
+    heard = [[], [], []]
+    for epoch in range(300):
+        for item in sorted(visits.items(epoch), key=lambda item: item.track):
+            heard[item.track].append(item.window)
+    for windows, number in zip(heard, num_windows, strict=True):
+        rounds = [windows[start : start + number] for start in range(0, len(windows) - number + 1, number)]
+        if weights[0] == weights[1]:  # else two visits of one epoch may come in any order
+            assert len(rounds) == 300 // number and all(sorted(each) == list(range(number)) for each in rounds)
+        assert max(Counter(windows).values()) - min(Counter(windows).values()) <= 1
+        assert len({tuple(each) for each in rounds}) > 1 or number == 1, "rounds differ in their order"
+
+
+# --- Epochs
+
+
+@pytest.mark.parametrize("micro_batch_size, accumulation, num_processes", DIVISIONS)
+def test_every_track_once_an_epoch(micro_batch_size, accumulation, num_processes):
+    plans = planner(micro_batch_size=micro_batch_size, accumulation=accumulation, num_processes=num_processes)
+    epoch = plans.plan(0)
+    assert Counter(item.track for item in visited(epoch)) == Counter(range(len(TRACKS)))
+    assert len(epoch) == plans.updates_per_epoch == -(-10 // (micro_batch_size * accumulation * num_processes))
     for update in epoch:
         assert len({len(process) for process in update}) == 1, "every process takes part in every step"
-    for micro in micro_batches:
+    for micro in (micro for update in epoch for process in update for micro in process):
         assert len(micro.items) <= micro_batch_size
-        assert len({SHAPES[item] for item in micro.items}) == 1, "nothing needs padding"
+        tracks = [TRACKS[item.track] for item in micro.items]
+        tokens = [TRACKS[item.track].windows[item.window].num_condition_tokens for item in micro.items]
+        assert len({entry.crop_frames for entry in tracks}) == len(set(tokens)) == 1, "nothing needs padding"
 
 
 def test_an_update_holds_the_same_items_and_slots_however_it_is_divided():
-    def contents(epoch):
+    def contents(**division):
         return [
             {pair for process in update for m in process if m.weight for pair in zip(m.items, m.slots, strict=True)}
-            for update in epoch
+            for update in planner(**division).plan(3)
         ]
 
-    whole = contents(plan(micro_batch_size=4, accumulation=1))
-    assert whole == contents(plan(micro_batch_size=1, accumulation=4))
-    assert whole == contents(plan(micro_batch_size=1, accumulation=1, num_processes=4))
-    assert whole == contents(plan(micro_batch_size=2, accumulation=1, num_processes=2))
+    whole = contents(micro_batch_size=4, accumulation=1)
+    assert whole == contents(micro_batch_size=1, accumulation=4)
+    assert whole == contents(micro_batch_size=1, accumulation=1, num_processes=4)
+    assert whole == contents(micro_batch_size=2, accumulation=1, num_processes=2)
 
 
 def test_epochs_and_seeds_shuffle_differently_and_repeat():
-    order = [micro.items for update in plan() for micro in update[0]]
-    assert order == [micro.items for update in plan() for micro in update[0]]
-    assert order != [micro.items for update in plan(epoch=1) for micro in update[0]]
-    assert order != [micro.items for update in plan(seed=1) for micro in update[0]]
-    assert plan(epoch=1)[0][0][0].update == 3, "updates are counted over epochs"
+    order = visited(planner().plan(0))
+    assert order == visited(planner().plan(0))
+    assert order != visited(planner().plan(1))
+    assert order != visited(planner(seed=1).plan(0))
+    assert planner().plan(1)[0][0][0].update == 3, "updates are counted over epochs"
+
+
+def test_a_planner_that_starts_anywhere_gives_the_same_plan():
+    """A resumed run begins in the middle; what it needs of the past is replayed."""
+    tracks = [track(num_frames=50 * number, weight=weight) for number, weight in [(4, 2.5), (3, 0.2), (7, 0.9)]]
+    in_turn = planner(tracks)
+    plans = [in_turn.plan(epoch) for epoch in range(12)]
+    assert [planner(tracks).plan(epoch) for epoch in range(12)] == plans
+    assert [in_turn.plan(epoch) for epoch in (5, 5, 2, 11)] == [plans[epoch] for epoch in (5, 5, 2, 11)]
+
+
+# --- Weights
+
+
+def test_a_genre_of_80_does_not_drown_one_of_8():
+    """Each genre gets half of the visits, whose number stays that of the tracks."""
+    weights = [88 / 2 / 80] * 80 + [88 / 2 / 8] * 8
+    visits = Visits([1] * 88, weights, seed=0)
+    totals = Counter()
+    for epoch in range(200):
+        counts = Counter(item.track for item in visits.items(epoch))
+        assert sum(counts.values()) == 88
+        assert all(counts[number] in (0, 1) for number in range(80))
+        assert all(counts[number] in (5, 6) for number in range(80, 88))
+        totals += counts
+    assert sum(totals[number] for number in range(80, 88)) / 200 == pytest.approx(44, abs=0.5)
+    # 0.55 visits an epoch, drawn 200 times: a standard deviation of 0.035.
+    assert all(totals[number] / 200 == pytest.approx(0.55, abs=0.14) for number in range(80))
+    assert all(totals[number] / 200 == pytest.approx(5.5, abs=0.14) for number in range(80, 88))
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(weights_of_a_set, st.integers(0, 50))
+def test_an_epoch_is_never_a_visit_short_and_each_share_is_rounded_down_or_up(weights, epoch):
+    counts = Visits([1] * len(weights), weights, seed=0).counts(epoch)
+    assert sum(counts) == len(weights)
+    for weight, count in zip(weights, counts, strict=True):
+        assert abs(count - weight / sum(weights) * len(weights)) < 1 + 1e-9
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.1, 1 / 3, 1e-300, 5e300])
+def test_equal_weights_are_exactly_one_visit_each(weight):
+    visits = Visits([1] * 97, [weight] * 97, seed=0)
+    assert all(visits.counts(epoch) == [1] * 97 for epoch in range(20))
+
+
+def test_weights_far_apart_are_exact():
+    counts = Visits([1] * 3, [1e-300, 1e300, 1e300], seed=0).counts(0)
+    assert counts[0] == 0 and sorted(counts[1:]) == [1, 2]
+
+
+@pytest.mark.parametrize("micro_batch_size, accumulation, num_processes", DIVISIONS)
+def test_weighted_epochs_divide_like_others(micro_batch_size, accumulation, num_processes):
+    """Two visits of one track in one update have slots, and so noise, of their own."""
+    tracks = [track(num_frames=100, weight=weight) for weight in (5.0, 1.0, 0.5, 0.5)]
+    plans = planner(tracks, micro_batch_size=micro_batch_size, accumulation=accumulation, num_processes=num_processes)
+    whole = planner(tracks, micro_batch_size=1, accumulation=micro_batch_size * accumulation * num_processes)
+    for epoch in range(4):
+        assert Counter(visited(plans.plan(epoch))) == Counter(visited(whole.plan(epoch)))
+        for update in plans.plan(epoch):
+            slots = [slot for process in update for micro in process if micro.weight for slot in micro.slots]
+            assert sorted(slots) == list(range(len(slots)))
+
+
+# --- Draws
 
 
 @pytest.fixture
@@ -67,10 +202,10 @@ def tracks(tmp_path):
     entries = []
     for index in range(2):
         latents, condition = tmp_path / f"latents-{index}", tmp_path / f"condition-{index}"
-        mean = torch.arange(80).view(-1, 1).expand(-1, 3) + 0.0  # the frame's number, so that a crop shows its place
-        write_tensors(latents, {"mean": mean.contiguous(), "std": torch.full((80, 3), 1e-3)})
+        mean = torch.arange(120).view(-1, 1).expand(-1, 3) + 0.0  # the frame's number: a window shows its place
+        write_tensors(latents, {"mean": mean.contiguous(), "std": torch.full((120, 3), 1e-3)})
         write_tensors(condition, {"encoder_hidden_states": torch.randn(5, 4, generator=generator)})
-        entries.append(CachedTrack(str(index), PromptFields("x"), latents, condition, 80, 50, 5))
+        entries.append(track(50, num_frames=120, tokens=(5,), latents=latents, condition=condition))
     return entries
 
 
@@ -79,10 +214,8 @@ def draw(tracks, micro):
 
 
 def test_an_items_draws_depend_on_update_and_slot_alone(tracks):
-    whole = draw(
-        tracks, plan_epoch([0, 0], epoch=0, seed=0, micro_batch_size=2, accumulation=1, num_processes=1)[0][0][0]
-    )
-    halves = plan_epoch([0, 0], epoch=0, seed=0, micro_batch_size=1, accumulation=1, num_processes=2)[0]
+    whole = draw(tracks, planner(tracks, micro_batch_size=2, accumulation=1).plan(0)[0][0][0])
+    halves = planner(tracks, accumulation=1, num_processes=2).plan(0)[0]
     for position, process in enumerate(halves):
         for name, tensor in draw(tracks, process[0]).items():
             assert torch.equal(tensor[0], whole[name][position]), name
@@ -90,18 +223,26 @@ def test_an_items_draws_depend_on_update_and_slot_alone(tracks):
     assert whole["sigmas"][0] != whole["sigmas"][1]
 
 
-def test_draws_differ_between_updates_and_crops_cover_the_track(tracks):
-    starts, sigmas, dropped = set(), set(), []
-    for epoch in range(400):
-        micro = plan_epoch([0, 0], epoch=epoch, seed=0, micro_batch_size=1, accumulation=1, num_processes=1)[0][0][0]
-        batch = draw(tracks, micro)
-        assert batch["latents"].shape == (1, 50, 3)
-        start = round(batch["latents"][0, 0, 0].item())
-        assert torch.allclose(batch["latents"][0, :, 0], start + torch.arange(50.0), atol=0.02), "a crop is contiguous"
-        starts.add(start)
-        sigmas.add(batch["sigmas"].item())
-        dropped.append(batch["dropped"].item())
-    assert starts == set(range(31)), "every place of the track is trained on, none beyond its end"
-    assert len(sigmas) == 400
-    assert 150 < sum(dropped) < 250, "half of the conditions are dropped at 0.5"
+def test_draws_differ_between_updates_and_each_is_of_its_window(tracks):
+    starts, sigmas, dropped = Counter(), set(), []
+    plans = planner(tracks, accumulation=1)
+    for epoch in range(300):
+        for update in plans.plan(epoch):
+            ((micro,),) = update
+            batch = draw(tracks, micro)
+            assert batch["latents"].shape == (1, 50, 3)
+            start = round(batch["latents"][0, 0, 0].item())
+            assert torch.allclose(batch["latents"][0, :, 0], start + torch.arange(50.0), atol=0.02)
+            starts[micro.items[0].track, start] += 1
+            sigmas.add(batch["sigmas"].item())
+            dropped.append(batch["dropped"].item())
+    assert starts == {(number, start): 100 for number in (0, 1) for start in (0, 35, 70)}
+    assert len(sigmas) == 600
+    assert 240 < sum(dropped) < 360, "half of the conditions are dropped at 0.5"
     assert SETTINGS.cfg_dropout == 0.5
+
+
+def test_the_two_visits_of_an_update_to_one_track_differ(tracks):
+    batch = draw(tracks, MicroBatch(update=0, items=(Item(0, 1), Item(0, 1)), slots=(0, 1)))
+    assert not torch.equal(batch["noise"][0], batch["noise"][1])
+    assert batch["latents"][0, 0, 0].round() == batch["latents"][1, 0, 0].round() == 35

@@ -13,10 +13,10 @@ import torch
 from acestep_pipeline import ACEStepPipeline, __version__
 from acestep_pipeline.adapters import LoraSettings, add_lora, save_lora
 from acestep_pipeline.cli import main
-from acestep_pipeline.conditioning import PromptFields
 from acestep_pipeline.data.audio import probe_audio, read_audio
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.generation import SamplingSettings, generate, write_comparison
+from acestep_pipeline.prompt_fields import PromptFields
 
 FIELDS = PromptFields(prompt="lo-fi hip hop", bpm=80, keyscale="A minor", timesignature="4", audio_duration=2.0)
 SAMPLING = SamplingSettings(num_inference_steps=2, seed=5)

@@ -17,7 +17,7 @@ from transformers import Qwen3Model
 from acestep_pipeline import ACEStepPipeline
 from acestep_pipeline.conditioning import PromptFields, context_latents, encode_condition
 from acestep_pipeline.data.audio import read_audio, write_audio
-from acestep_pipeline.data.batching import DrawSettings, MicroBatch, MicroBatchDataset
+from acestep_pipeline.data.batching import DrawSettings, Item, MicroBatch, MicroBatchDataset
 from acestep_pipeline.data.latent_cache import (
     LatentCache,
     crop_frames,
@@ -88,7 +88,8 @@ def files(cache):
 def test_cached_conditions_are_what_the_pipeline_feeds_its_transformer(cache, pipeline, track):
     entry, problems = cache.prepare(track, 240.0)
     assert not problems
-    assert entry.fields == PromptFields(
+    window = entry.windows[0]
+    assert window.fields == PromptFields(
         prompt="techno, dark, 909 drums",
         lyrics=LYRICS,
         vocal_language="de",
@@ -97,18 +98,18 @@ def test_cached_conditions_are_what_the_pipeline_feeds_its_transformer(cache, pi
         timesignature="4",
         audio_duration=2.0,
     )
-    cached = load_condition(entry)
-    assert torch.equal(cached, encode_condition(pipeline, entry.fields).encoder_hidden_states)
+    cached = load_condition(window)
+    assert torch.equal(cached, encode_condition(pipeline, window.fields).encoder_hidden_states)
 
     fed = []
     hook = pipeline.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: fed.append((kwargs["encoder_hidden_states"], kwargs["context_latents"])),
         with_kwargs=True,
     )
-    pipeline(**asdict(entry.fields), num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    pipeline(**asdict(window.fields), num_inference_steps=1, guidance_scale=1.0, output_type="latent")
     hook.remove()
     ((conditions, context),) = fed
-    assert conditions.shape == (1, entry.num_condition_tokens, 64)
+    assert conditions.shape == (1, window.num_condition_tokens, 64)
     assert torch.equal(cached, conditions[0])
     assert torch.equal(context_latents(pipeline.condition_encoder.silence_latent, entry.crop_frames), context[0])
 
@@ -123,6 +124,11 @@ def test_cached_latents_are_the_vae_s(cache, pipeline, track):
     assert torch.equal(cached["mean"], posterior.mean[0].T)
     assert torch.equal(cached["std"], posterior.std[0].T)
     assert cached["mean"].dtype == torch.float32
+    assert [window.start_frame for window in entry.windows] == [0, 7]
+    for window in entry.windows:
+        part = load_latents(entry, window)
+        for name, tensor in cached.items():
+            assert torch.equal(part[name], tensor[window.start_frame :][:50]) and part[name].is_contiguous()
 
 
 # --- Computed once, and again when it must be
@@ -153,7 +159,7 @@ def test_damaged_files_are_made_again(cache, track):
         lambda content: b"\xff" * 8 + content[8:],
     )
     for damage in damages:
-        for file in (entry.latents_file, entry.condition_file):
+        for file in (entry.latents_file, entry.windows[0].condition_file):
             file.write_bytes(damage(file.read_bytes()))
         assert cache.prepare(track, 240.0) == (entry, [])
         assert files(cache) == before
@@ -162,9 +168,9 @@ def test_damaged_files_are_made_again(cache, track):
 def test_other_text_or_length_is_another_condition_of_the_same_latents(cache, track):
     changes = [{}, {"tags": "techno"}, {"lyrics": "other"}, {"language": "en"}, {"bpm": None}, {"keyscale": "C major"},
                {"timesignature": "3"}]  # fmt: skip
-    longer = replace(cache.prepare(track, 240.0)[0].fields, audio_duration=4.0)
+    longer = replace(cache.prepare(track, 240.0)[0].windows[0].fields, audio_duration=4.0)
     entries = [cache.prepare(replace(track, **change), 240.0)[0] for change in changes]
-    conditions = {entry.condition_file for entry in entries} | {cache._condition(longer)[0]}
+    conditions = {entry.windows[0].condition_file for entry in entries} | {cache._condition(longer)[0]}
     assert len(conditions) == len(changes) + 1
     assert len({load_file(file)["encoder_hidden_states"].numpy().tobytes() for file in conditions}) == len(conditions)
     assert len({entry.latents_file for entry in entries}) == 1
@@ -221,7 +227,7 @@ def test_many_at_once_make_whole_files(cache, pipeline, track):
         own = LatentCache(cache.latents_dir.parents[1], pipeline)
         start.wait()
         entry, problems = own.prepare(track, 240.0)
-        return entry, problems, load_latents(entry)["mean"], load_condition(entry)
+        return entry, problems, load_latents(entry)["mean"], load_condition(entry.windows[0])
 
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(prepare, range(4)))
@@ -268,7 +274,7 @@ def test_crops_are_the_longest_even_number_of_seconds(num_frames, max_duration_s
 
 
 def test_the_model_is_told_the_length_of_the_crop(track):
-    assert prompt_fields(track, 2.0).audio_duration == 2.0
+    assert prompt_fields(track, LYRICS, 2.0).audio_duration == 2.0
 
 
 def test_tracks_without_a_crop_are_skipped_with_their_length(cache, track, tmp_path):
@@ -284,28 +290,65 @@ def test_tracks_without_a_crop_are_skipped_with_their_length(cache, track, tmp_p
     }
 
 
-def test_crops_start_anywhere_and_never_pass_the_end(cache, track, tmp_path):
-    """A track ten times as long as the crop, at many updates."""
+@pytest.fixture
+def long_track(cache, track):
+    """A track ten times as long as a crop of two seconds, whose latents count its frames."""
+    entry, _ = cache.prepare(track, 2.0)
     mean = torch.arange(505.0)[:, None].expand(-1, 16)
-    entry, _ = cache.prepare(track, 2.0)
     save_file({"mean": mean.contiguous(), "std": torch.zeros(505, 16)}, entry.latents_file)
-    entry, _ = cache.prepare(track, 2.0)
+    return track
+
+
+def test_the_windows_of_a_long_track_cover_it_and_share_a_condition(cache, long_track, encodings):
+    encodings.clear()
+    entry, problems = cache.prepare(long_track, 2.0)
+    assert not problems and not encodings
     assert (entry.num_frames, entry.crop_frames) == (505, 50)
-    updates = range(600)
+    assert [window.start_frame for window in entry.windows] == [0, 45, 91, 136, 182, 227, 273, 318, 364, 409, 455]
+    assert len({window.condition_file for window in entry.windows}) == 1
     dataset = MicroBatchDataset(
         [entry],
-        [MicroBatch(update, (0,), (0,)) for update in updates],
+        [MicroBatch(0, (Item(0, number),), (0,)) for number in range(len(entry.windows))],
         DrawSettings(seed=0, cfg_dropout=0.0, mu=0.0, sigma=1.0),
     )
-    starts = []
-    for index in updates:
+    for index, window in enumerate(entry.windows):
         (latents,) = dataset[index]["latents"]
-        assert latents.shape == (50, 16)
-        assert torch.equal(latents[:, 0], latents[0, 0] + torch.arange(50.0))
-        starts.append(int(latents[0, 0]))
-    # 456 places, the last of which ends with the track.
-    assert min(starts) >= 0 and max(starts) <= 455
-    assert min(starts) < 20 and max(starts) > 435 and len(set(starts)) > 250
+        assert torch.equal(latents[:, 0], window.start_frame + torch.arange(50.0))
+
+
+def test_each_window_of_timed_lyrics_is_told_what_is_sung_in_it(cache, pipeline, long_track):
+    """20.2 s; the stamps of the file on the left, the window's own times are told nowhere."""
+    timed = "[ar:x]\n[verse]\n[00:00.50]eins\n[00:02.00]zwei\n[00:04.00]\n[chorus]\n[00:17.00]drei\n[00:20.10]"
+    entry, problems = cache.prepare(replace(long_track, lyrics=timed), 2.0)
+    assert not problems
+    lyrics = [window.fields.lyrics for window in entry.windows]
+    assert lyrics[:2] == ["[verse]\neins", "[verse]\nzwei"]
+    assert lyrics[2:8] == ["[Instrumental]"] * 6 and lyrics[9:] == ["[chorus]\ndrei"] * 2
+    assert {window.fields.audio_duration for window in entry.windows} == {2.0}
+    for window in entry.windows:
+        expected = encode_condition(pipeline, window.fields).encoder_hidden_states
+        assert torch.equal(load_condition(window), expected)
+        assert window.num_condition_tokens == len(expected)
+    assert len({window.condition_file for window in entry.windows}) == len(set(lyrics)) == 4
+    whole, _ = cache.prepare(replace(long_track, lyrics=timed), 240.0)
+    assert whole.windows[0].fields.lyrics == "[verse]\neins\nzwei\n[chorus]\ndrei"
+
+
+def test_what_is_lost_of_a_track_is_said_once_and_not_for_each_window(cache, long_track):
+    many = "\n".join(f"[00:{second:02}.00]{'grüße 🎵 ' * 400}{second}" for second in (2, 8, 14))
+    late = "\n[00:30.00]of another version\n[00:40.00]that is longer"
+    tags = ", ".join(f"tag number {number}" for number in range(60))
+    entry, problems = cache.prepare(replace(long_track, tags=tags, lyrics=many + late), 2.0)
+    assert len({window.condition_file for window in entry.windows}) == 4
+    assert [problem.track for problem in problems] == ["song.flac"] * 3 and not any(p.skipped for p in problems)
+    text, lyrics, version = (problem.reason for problem in problems)
+    assert "tags are cut" in text and "lyrics are cut" in lyrics
+    assert version == "2 lines of its lyrics are timed beyond its end at 20.2 s and are left out"
+
+
+def test_a_sampling_weight_goes_with_its_track(cache, track):
+    assert cache.prepare(replace(track, sampling_weight=0.25), 240.0)[0].weight == 0.25
+    assert cache.prepare(track, 240.0)[0].weight == 1.0
 
 
 def test_context_latents_are_silence_from_its_start_and_ones():

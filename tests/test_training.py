@@ -1,8 +1,11 @@
 """The flagship script, run for real on the tiny checkpoint and rendered clips."""
 
 import json
+import shutil
 import signal
 import time
+from collections import Counter
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -11,7 +14,9 @@ from diffusers import AceStepPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from acestep_pipeline.data import batching
 from acestep_pipeline.data.latent_cache import fingerprint
+from acestep_pipeline.errors import UsageError
 from acestep_pipeline.training import setup
 from tests.training_runs import ROOT, metrics, start, train_here
 
@@ -132,8 +137,12 @@ def test_the_same_update_however_it_is_divided(demo_dir, tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_bit(demo_dir, tmp_path):
-    """kill -9 between two checkpoints; then `latest` gives the adapter and metrics of a run left alone."""
+    """kill -9 between two checkpoints; then `latest` gives the adapter and metrics of a run left alone.
+
+    Each track has two windows, and four tracks an epoch make two and a half epochs of ten updates.
+    """
     settings = {"max_train_steps": 60, "checkpointing_steps": 10, "lora_dropout": 0.1, "lr_scheduler": "cosine"}
+    settings |= {"max_duration_s": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(demo_dir, killed, **settings)
     deadline = time.monotonic() + 120
@@ -159,6 +168,56 @@ def test_a_killed_run_resumes_to_the_bit(demo_dir, tmp_path):
     assert metrics(killed) == metrics(whole)
 
 
+def test_a_weighted_run_over_windows_resumes_to_the_bit(demo_dir, tmp_path, monkeypatch, capsys):
+    """From the middle of an epoch, and of the rounds of windows: what was heard before is replayed."""
+    weights, heard = (5.0, 1.0, 1.0, 1.0), []
+
+    def weighted(*args, **kwargs):
+        tracks, problems = load_tracks(*args, **kwargs)
+        return [replace(track, sampling_weight=w) for track, w in zip(tracks, weights, strict=True)], problems
+
+    load_tracks, load_latents = setup.load_tracks, batching.load_latents
+    monkeypatch.setattr(setup, "load_tracks", weighted)
+    monkeypatch.setattr(batching, "load_latents", lambda track, window: heard.append((track.id, window.start_frame))
+                        or load_latents(track, window))  # fmt: skip
+    settings = {"max_train_steps": 14, "checkpointing_steps": 7, "lora_dropout": 0.1, "max_duration_s": 2}
+    output = tmp_path / "weighted"
+    train_here(demo_dir, output, **settings)
+    assert "4 tracks, 8 windows of up to 2 s, each track heard 0.5 to 2.5 times an epoch" in capsys.readouterr().out
+    whole, adapter, lines = heard.copy(), (output / WEIGHTS).read_bytes(), metrics(output)
+    epochs = [Counter(name for name, _ in whole[start : start + 4]) for start in (0, 4, 8)]
+    assert len(whole) == 14 and all(max(visits.values()) in (2, 3) for visits in epochs), "2.5 of the 4 visits each"
+    heard.clear()
+    train_here(demo_dir, output, resume_from_checkpoint=output / "checkpoint-7", **settings)
+    assert heard == whole[7:]
+    assert ((output / WEIGHTS).read_bytes(), metrics(output)) == (adapter, lines)
+
+
+def test_a_song_with_timed_lyrics_is_told_what_is_sung_in_each_window(demo_dir, tmp_path, monkeypatch, capsys):
+    song = next(iter(sorted(demo_dir.glob("*.tags.txt")))).name.removesuffix(".tags.txt")
+    music = tmp_path / "music"
+    music.mkdir()
+    for file in demo_dir.glob(f"{song}.*"):
+        shutil.copy(file, music)
+    (music / f"{song}.lyrics.txt").write_text("[00:00.00][Verse]\n[00:00.10]eins\n[00:02.10][Chorus]\n[00:02.20]zwei")
+    told, load_condition = [], batching.load_condition
+    monkeypatch.setattr(
+        batching, "load_condition", lambda window: told.append(window.fields) or load_condition(window)
+    )
+    train_here(music, tmp_path / "out", max_train_steps=6, max_duration_s=2)
+    assert "1 tracks, 2 windows of up to 2 s: 6 updates of 1 windows, 1 an epoch." in capsys.readouterr().out
+    for visits in (told[:2], told[2:4], told[4:]):
+        assert {fields.lyrics for fields in visits} == {"[Verse]\neins", "[Chorus]\nzwei"}
+    assert {fields.audio_duration for fields in told} == {2.0}
+
+
+def test_a_sampling_weight_by_which_nothing_can_be_drawn_is_refused(demo_dir):
+    (track, *_), _ = setup.load_tracks(demo_dir, max_train_samples=1, show_progress=False)
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"sampling weight of {track.id} is {weight}, and has to be"):
+            setup.check_weights([track, replace(track, sampling_weight=weight)])
+
+
 def test_checkpoints_are_pruned_and_hold_an_adapter(demo_dir, tmp_path):
     output = tmp_path / "pruned"
     train_here(demo_dir, output, max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
@@ -168,7 +227,7 @@ def test_checkpoints_are_pruned_and_hold_an_adapter(demo_dir, tmp_path):
 
 def test_two_processes_see_different_noise_and_end_with_equal_adapters(demo_dir, tmp_path):
     output = tmp_path / "two"
-    settings = {"max_train_steps": 3, "lora_dropout": 0}
+    settings = {"max_train_steps": 3, "lora_dropout": 0, "max_duration_s": 2}
     process = start(demo_dir, output, script=ROOT / "tests" / "two_process_probe.py", num_processes=2, **settings)
     log, _ = process.communicate(timeout=180)
     assert process.returncode == 0, log

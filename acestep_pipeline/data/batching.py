@@ -1,8 +1,8 @@
 """Which items make up each optimizer update, and every random number an item needs, keyed rather than drawn in turn.
 
-The items of an update, their noise, timesteps, crops and condition dropout depend only on (seed, update, slot), where
-slot is the item's position in the update. So they are the same whatever the micro-batch size, accumulation and number
-of processes, and a resumed run replays them without any saved random state.
+The items of an update (tracks, and the window each is heard in), their noise, timesteps and condition dropout depend
+only on (seed, update, slot), where slot is the item's position in the update. So they are the same whatever the
+micro-batch size, accumulation and number of processes, and a resumed run replays them without any saved random state.
 """
 
 import hashlib
@@ -18,11 +18,19 @@ from .latent_cache import CachedTrack, load_condition, load_latents
 
 
 @dataclass(frozen=True)
+class Item:
+    """What one place in an update trains on: the numbers of a track and of one of its windows."""
+
+    track: int
+    window: int
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Items of one forward pass. `weight` 0 marks a stand-in that keeps ranks in step and adds nothing."""
 
     update: int
-    items: tuple[int, ...]
+    items: tuple[Item, ...]
     slots: tuple[int, ...]
     weight: float = 1.0
 
@@ -38,51 +46,111 @@ def keyed_generator(*key: Hashable) -> torch.Generator:
     return torch.Generator().manual_seed(keyed_seed(*key))
 
 
-def updates_per_epoch(num_items: int, items_per_update: int) -> int:
-    """Optimizer updates in one pass over the data; the last may hold fewer items."""
-    return -(-num_items // items_per_update)
+def shuffled(number: int, *key: Hashable) -> list[int]:
+    """0 to `number` - 1 in an order that depends on `key` alone."""
+    return torch.randperm(number, generator=keyed_generator(*key)).tolist()
 
 
-def plan_epoch(
-    shapes: Sequence[Hashable], *, epoch: int, seed: int, micro_batch_size: int, accumulation: int, num_processes: int
-) -> list[list[list[MicroBatch]]]:
-    """Plan one epoch: every item exactly once, on any number of processes.
+class Visits:
+    """Which track is heard when, and in which window.
 
-    Items are shuffled by (seed, epoch) and cut into updates of `micro_batch_size * accumulation * num_processes`.
-    Within an update, items of equal shape share micro-batches; no micro-batch ever needs padding.
-
-    Args:
-        shapes: one hashable per item; items batch together only if equal (latent length, condition length).
-
-    Returns:
-        `[update][process] -> micro-batches`; each process has the same number of micro-batches in an update.
+    An epoch has as many visits as there are tracks. A track's share of them is its weight over the mean weight, drawn
+    by systematic sampling (https://en.wikipedia.org/wiki/Systematic_sampling): in an epoch the share is rounded down
+    or up, over many epochs it is met. With equal weights every track is heard once an epoch. So many visits as a track
+    has windows hear each window once, then the next round begins, in another order.
     """
-    items_per_update = micro_batch_size * accumulation * num_processes
-    order = torch.randperm(len(shapes), generator=keyed_generator(seed, "epoch", epoch)).tolist()
-    first_update = epoch * updates_per_epoch(len(shapes), items_per_update)
-    plan = []
-    for start in range(0, len(order), items_per_update):
-        update = first_update + len(plan)
-        micro_batches = _micro_batches(order[start : start + items_per_update], shapes, update, micro_batch_size)
-        per_process = [micro_batches[process::num_processes] for process in range(num_processes)]
-        steps = max(map(len, per_process))
-        for own in per_process:
-            stand_in = own[0] if own else micro_batches[0]
-            own += [MicroBatch(update, stand_in.items, stand_in.slots, weight=0.0)] * (steps - len(own))
-        plan.append(per_process)
-    return plan
+
+    def __init__(self, num_windows: Sequence[int], weights: Sequence[float], *, seed: int) -> None:
+        """Take the number of windows, and the weight (finite and above 0), of every track."""
+        self.num_windows = num_windows
+        self.seed = seed
+        # Fractions of one denominator, as integers: exact, so that no epoch is a visit short.
+        ratios = [float(weight).as_integer_ratio() for weight in weights]
+        denominator = max(below for _, below in ratios)  # all are powers of two
+        self.weights = [above * (denominator // below) for above, below in ratios]
+        self._epoch, self._before = 0, [0] * len(weights)
+
+    def counts(self, epoch: int) -> list[int]:
+        """How often each track is heard in an epoch: its share, rounded down or up."""
+        number, total = len(self.weights), sum(self.weights)
+        counts = [0] * number
+        walked = keyed_seed(self.seed, "offset", epoch) * total >> 63  # uniform in [0, total)
+        for track in shuffled(number, self.seed, "walk", epoch):
+            walked_on = walked + self.weights[track] * number
+            counts[track] = walked_on // total - walked // total
+            walked = walked_on
+        return counts
+
+    def items(self, epoch: int) -> list[Item]:
+        """The visits of an epoch in their order. Earlier ones are replayed, each once if epochs are asked in turn."""
+        if epoch < self._epoch:
+            self._epoch, self._before = 0, [0] * len(self.weights)
+        while self._epoch < epoch:
+            counts = self.counts(self._epoch)
+            self._before = [before + count for before, count in zip(self._before, counts, strict=True)]
+            self._epoch += 1
+        visits = [
+            Item(track, self._window(track, self._before[track] + again))
+            for track, count in enumerate(self.counts(epoch))
+            for again in range(count)
+        ]
+        return [visits[index] for index in shuffled(len(visits), self.seed, "epoch", epoch)]
+
+    def _window(self, track: int, visit: int) -> int:
+        round_number, position = divmod(visit, self.num_windows[track])
+        return shuffled(self.num_windows[track], self.seed, "windows", track, round_number)[position]
 
 
-def _micro_batches(items: list[int], shapes: Sequence[Hashable], update: int, size: int) -> list[MicroBatch]:
-    by_shape = defaultdict(list)
-    for slot, item in enumerate(items):
-        by_shape[shapes[item]].append((item, slot))
-    batches = []
-    for group in by_shape.values():
-        for start in range(0, len(group), size):
-            chunk = group[start : start + size]
-            batches.append(MicroBatch(update, tuple(item for item, _ in chunk), tuple(slot for _, slot in chunk)))
-    return batches
+class EpochPlanner:
+    """The micro-batches of any epoch, for every process.
+
+    The visits of an epoch are cut into updates of `micro_batch_size * accumulation * num_processes` items; the last
+    may hold fewer. Within an update, items of equal shape share micro-batches; none ever needs padding.
+    """
+
+    def __init__(
+        self,
+        tracks: Sequence[CachedTrack],
+        *,
+        seed: int,
+        micro_batch_size: int,
+        accumulation: int,
+        num_processes: int,
+    ) -> None:
+        self.micro_batch_size = micro_batch_size
+        self.num_processes = num_processes
+        self.items_per_update = micro_batch_size * accumulation * num_processes
+        self.updates_per_epoch = -(-len(tracks) // self.items_per_update)
+        self.visits = Visits([len(track.windows) for track in tracks], [track.weight for track in tracks], seed=seed)
+        self.shapes = [
+            [(track.crop_frames, window.num_condition_tokens) for window in track.windows] for track in tracks
+        ]
+
+    def plan(self, epoch: int) -> list[list[list[MicroBatch]]]:
+        """`[update][process] -> micro-batches`; each process has the same number of micro-batches in an update."""
+        items = self.visits.items(epoch)
+        plan = []
+        for start in range(0, len(items), self.items_per_update):
+            update = epoch * self.updates_per_epoch + len(plan)
+            micro_batches = self._micro_batches(items[start : start + self.items_per_update], update)
+            per_process = [micro_batches[process :: self.num_processes] for process in range(self.num_processes)]
+            steps = max(map(len, per_process))
+            for own in per_process:
+                stand_in = own[0] if own else micro_batches[0]
+                own += [MicroBatch(update, stand_in.items, stand_in.slots, weight=0.0)] * (steps - len(own))
+            plan.append(per_process)
+        return plan
+
+    def _micro_batches(self, items: list[Item], update: int) -> list[MicroBatch]:
+        by_shape = defaultdict(list)
+        for slot, item in enumerate(items):
+            by_shape[self.shapes[item.track][item.window]].append((item, slot))
+        batches = []
+        for group in by_shape.values():
+            for start in range(0, len(group), self.micro_batch_size):
+                chunk = group[start : start + self.micro_batch_size]
+                batches.append(MicroBatch(update, tuple(item for item, _ in chunk), tuple(slot for _, slot in chunk)))
+        return batches
 
 
 @dataclass(frozen=True)
@@ -116,14 +184,15 @@ class MicroBatchDataset(Dataset):
         """
         batch = self.micro_batches[index]
         draws = [
-            self._draw(self.tracks[item], keyed_generator(self.settings.seed, "update", batch.update, slot))
+            self._draw(item, keyed_generator(self.settings.seed, "update", batch.update, slot))
             for item, slot in zip(batch.items, batch.slots, strict=True)
         ]
         return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
-    def _draw(self, track: CachedTrack, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        start = int(torch.randint(track.num_frames - track.crop_frames + 1, (), generator=generator))
-        posterior = {name: tensor[start : start + track.crop_frames] for name, tensor in load_latents(track).items()}
+    def _draw(self, item: Item, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        track = self.tracks[item.track]
+        window = track.windows[item.window]
+        posterior = load_latents(track, window)
         sample = torch.randn(posterior["mean"].shape, generator=generator)
         noise = torch.randn(posterior["mean"].shape, generator=generator)
         sigma = sample_timesteps(1, mu=self.settings.mu, sigma=self.settings.sigma, generator=generator)[0]
@@ -133,6 +202,6 @@ class MicroBatchDataset(Dataset):
             "latents": latents,
             "noise": noise,
             "sigmas": sigma,
-            "encoder_hidden_states": load_condition(track),
+            "encoder_hidden_states": load_condition(window),
             "dropped": dropped,
         }

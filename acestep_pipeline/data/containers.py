@@ -1,23 +1,47 @@
 """Is an audio file whole, by the bytes of its container alone? Nothing is decoded here.
 
 libsndfile shortens damaged files without a word, so each container's own record of its length (RIFF, RF64, Wave64 and
-AIFF chunk sizes, Ogg's end-of-stream flag, the frame count of an MP3) is compared with what is there, and formats that
-it can't read are named. Only decoding can tell whether a FLAC file holds what its header counts; `audio` does that.
+AIFF chunk sizes, Ogg's end-of-stream flag, the frame count of an MP3) is compared with what is there. So are those of
+MP4, Matroska and ASF, which PyAV decodes. Only decoding can tell whether a FLAC file holds what its header counts;
+`audio` does that.
 
 Formats: RIFF/WAVE (IBM and Microsoft, Multimedia Programming Interface 1.0, 1991), RF64 (EBU Tech 3306), Sony Wave64,
-AIFF (Apple, version 1.3), Ogg (RFC 3533), ID3v2 (id3.org), MPEG audio (ISO/IEC 11172-3 and 13818-3). The Xing/Info
-header of MP3 files has no standard; this is the layout that LAME and ffmpeg write.
+AIFF (Apple, version 1.3), Ogg (RFC 3533), ID3v2 (id3.org), MPEG audio (ISO/IEC 11172-3 and 13818-3), MP4 (ISO/IEC
+14496-12), Matroska (RFC 9559 and 8794), ASF (Microsoft, version 1.2). The Xing/Info header of MP3 files has no
+standard; this is the layout that LAME and ffmpeg write.
 """
 
 import codecs
+import io
+import os
 import struct
+from dataclasses import dataclass
 from typing import BinaryIO
 
-# (offset, magic bytes, name) of what people have and libsndfile cannot read.
-_UNREADABLE = (
-    (4, b"ftyp", "MP4/M4A"),
-    (0, b"\x1a\x45\xdf\xa3", "WebM/Matroska"),
-    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "WMA/ASF"),
+
+@dataclass(frozen=True)
+class AvFormat:
+    """A container that libsndfile can't read: its name for a person, and that of ffmpeg's demuxer for it."""
+
+    name: str
+    demuxer: str
+
+
+_MP4, _AAC = AvFormat("MP4/M4A", "mov"), AvFormat("AAC", "aac")
+# (offset, magic bytes, format) of what people have and libsndfile cannot read.
+_AV_FORMATS = (
+    (4, b"ftyp", _MP4),
+    (4, b"moov", _MP4),  # QuickTime files need no ftyp
+    (4, b"mdat", _MP4),
+    (4, b"wide", _MP4),
+    (0, b"\x1a\x45\xdf\xa3", AvFormat("WebM/Matroska", "matroska")),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", AvFormat("WMA/ASF", "asf")),
+    (0, b"MAC ", AvFormat("Monkey's Audio", "ape")),
+    (0, b"wvpk", AvFormat("WavPack", "wv")),
+    (0, b"TTA1", AvFormat("True Audio", "tta")),
+    (0, b"caff", AvFormat("CAF", "caf")),
+    (28, b"\x7fFLAC", AvFormat("FLAC in Ogg", "ogg")),  # behind the header of an Ogg page with one packet
+    (28, b"Speex   ", AvFormat("Speex", "ogg")),
 )
 # First bytes of the containers made of chunks, and of all that start with known letters; how refusals end.
 CHUNKED = {b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM"}
@@ -40,34 +64,63 @@ class AudioError(Exception):
 
 
 def read_at(handle: BinaryIO, position: int, count: int) -> bytes:
-    """Up to `count` bytes from `position` on; fewer where the file ends. Raises `OSError` as the handle does."""
+    """Up to `count` bytes from `position` on; fewer where the file ends. Raises `OSError`."""
     handle.seek(position)
     return handle.read(count)
 
 
-def refuse_unreadable(head: bytes, *, tagged: bool) -> None:
-    """Name what is plainly not audio that libsndfile reads, by the first bytes (after an ID3 tag, if `tagged`).
+def av_format(head: bytes) -> AvFormat | None:
+    """What a file is that needs PyAV, by its first bytes (after an ID3 tag); None for everything else.
 
-    The signatures are those of ISO/IEC 14496-12 (MP4), RFC 8794 (Matroska's EBML), Microsoft's ASF specification and
-    ISO/IEC 13818-7 (AAC in ADTS). Text is what decodes as UTF-8 or UTF-16 to 95 % printable characters.
-
-    Raises:
-        AudioError: the bytes are one of these formats, or text.
+    The signatures are those of ISO/IEC 14496-12 (MP4), RFC 8794 (Matroska's EBML), Microsoft's ASF specification,
+    ISO/IEC 13818-7 (AAC in ADTS), ETSI TS 102 366 (AC-3 and E-AC-3) and, for the rest, the formats' own descriptions.
     """
-    for offset, magic, name in _UNREADABLE:
+    for offset, magic, found in _AV_FORMATS:
         if head[offset:].startswith(magic):
-            raise AudioError(f"{name} is not supported: {CONVERT}")
+            return found
     if len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:  # ADTS: a 12-bit sync word, layer 0
-        raise AudioError(f"AAC is not supported: {CONVERT}")
-    if tagged or head.startswith(MAGIC):
-        return
+        return _AAC
+    if len(head) > 5 and head.startswith(b"\x0b\x77"):  # the stream's version is above 10 in E-AC-3 (annex E)
+        return AvFormat("E-AC-3", "eac3") if head[5] >> 3 > 10 else AvFormat("AC-3", "ac3")
+    return None
+
+
+def refuse_text(head: bytes) -> None:
+    """Raises `AudioError` where a file's first bytes are text: UTF-8 or UTF-16 to 95 % printable characters."""
     utf_16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = head.decode("utf-16" if utf_16 else "utf-8", errors="replace")
     if sum(c.isprintable() or c.isspace() for c in text) - text.count("\ufffd") >= 0.95 * len(text):
         raise AudioError(f"it is not audio: it starts with text {text.strip()[:40]!r}")
 
 
-def check_chunks(handle: BinaryIO, start: int, size: int) -> bytes | None:
+class Patched(io.RawIOBase):
+    """A file seen with another beginning: the bytes `head`, then what `handle` holds from byte `start` on."""
+
+    def __init__(self, handle: BinaryIO, head: bytes, start: int) -> None:
+        self._handle, self._head, self._start, self._position = handle, head, start, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            offset += len(self._head) + self._handle.seek(0, os.SEEK_END) - self._start
+        self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        data = self._head[self._position : self._position + len(buffer)]
+        rest = len(buffer) - len(data)
+        data += read_at(self._handle, self._start + max(0, self._position - len(self._head)), rest)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def check_chunks(handle: BinaryIO, start: int, size: int) -> Patched | None:
     """Check that the sound chunk of WAV, RF64, W64 or AIFF, whose header is at `start`, ends within the file.
 
     A size that stands for "unknown" passes. Layouts: RIFF and AIFF have a four-letter name, a 32-bit size and padding
@@ -110,9 +163,8 @@ def check_chunks(handle: BinaryIO, start: int, size: int) -> bytes | None:
         raise AudioError(f"the file is truncated: {100 * available // declared} % of its sound data is there")
     riff_size = struct.unpack("<I", read_at(handle, start + 4, 4))[0]
     if magic == b"RIFF" and not declared and available and riff_size + 8 <= position - start:
-        whole = bytearray(read_at(handle, 0, size))
-        struct.pack_into("<I", whole, position - 4, min(available, 0xFFFF_FFFF))
-        return bytes(whole)
+        data_size = struct.pack("<I", min(available, 0xFFFF_FFFF))
+        return Patched(handle, read_at(handle, 0, position - 4) + data_size, position)
     return None
 
 
@@ -146,6 +198,71 @@ def _ogg_page_size(data: bytes, position: int) -> int:
     return 27 + segments + sum(data[position + 27 : position + 27 + segments])
 
 
+def check_mp4(handle: BinaryIO, size: int) -> None:
+    """Check that every box of an MP4 with sound or index in it is whole (ISO/IEC 14496-12, 4.2).
+
+    Raises:
+        AudioError: the file ends within such a box, or has no index.
+    """
+    position, indexed = 0, False
+    while size - position >= 8:
+        length, name = struct.unpack(">I4s", read_at(handle, position, 8))
+        if length == 1:
+            (length,) = struct.unpack(">8xQ", read_at(handle, position, 16))
+        if length == 0:  # to the end of the file
+            length = size - position
+        if length < 8 or not name.isalnum():
+            break  # no box, but what some programs leave behind the last one
+        if name in {b"mdat", b"moov", b"moof"} and position + length > size:
+            part, share = "sound data" if name == b"mdat" else "index", 100 * (size - position) // length
+            raise AudioError(f"the file is truncated: {share} % of its {part} is there")
+        indexed = indexed or name == b"moov"
+        position += length
+    if not indexed:
+        raise AudioError("the file is truncated or damaged: its index is not there")
+
+
+def check_matroska(handle: BinaryIO, size: int) -> None:
+    """Check that a Matroska file's segment, which holds everything, ends within it; of unknown size, it passes.
+
+    Elements have an id and a size of 1 to 8 bytes, as many as the leading zero bits say, plus one (RFC 8794, 4).
+
+    Raises:
+        AudioError: the file ends before its segment does.
+    """
+    position = 0
+    for _ in range(2):  # the EBML header, then the segment
+        head = read_at(handle, position, 12)
+        width = 9 - head[4].bit_length()  # both ids have 4 bytes
+        declared = int.from_bytes(head[4 : 4 + width]) & (1 << 7 * width) - 1
+        position += 4 + width
+        if head[:4] == b"\x18\x53\x80\x67":
+            break
+        position += declared
+    unknown = declared == (1 << 7 * width) - 1
+    if not unknown and position + declared > size:
+        share = 100 * max(0, size - position) // declared
+        raise AudioError(f"the file is truncated: {share} % of its sound data is there")
+
+
+def check_asf(handle: BinaryIO, size: int) -> None:
+    """Check that the data object of an ASF file is whole (ASF specification 1.2, sections 2 and 5); 0 is unknown.
+
+    Raises:
+        AudioError: the file ends before or within it.
+    """
+    (position,) = struct.unpack("<16xQ", read_at(handle, 0, 24))
+    if position + 24 > size:
+        raise AudioError("the file is truncated or damaged: it ends before its sound data")
+    (declared,) = struct.unpack("<16xQ", read_at(handle, position, 24))
+    if position + declared > size:
+        raise AudioError(f"the file is truncated: {100 * (size - position) // declared} % of its sound data is there")
+
+
+# By the name of ffmpeg's demuxer.
+CHECKS = {"mov": check_mp4, "matroska": check_matroska, "asf": check_asf, "ogg": check_ogg}
+
+
 def id3_size(head: bytes) -> int:
     """Bytes in an ID3v2 tag with its header and footer, 0 where there is none (id3.org, ID3v2.4.0 structure, 3.1)."""
     if len(head) < 10 or head[:3] != b"ID3":
@@ -169,7 +286,7 @@ def _mp3_frame_size(header: int) -> int:
     return (144_000 if mpeg_1 else 72_000) * _MP3_BIT_RATES_KBPS[mpeg_1][bit_rate] // rate_hz + (header >> 9 & 1)
 
 
-def check_mp3(data: bytes) -> bytes | None:
+def check_mp3(handle: BinaryIO, start: int, size: int) -> Patched | None:
     """Compare an MP3's frames with the count in its Xing/Info header.
 
     libsndfile reads as many frames as that header says; without one it guesses from the first frame's bit rate and
@@ -177,7 +294,9 @@ def check_mp3(data: bytes) -> bytes | None:
     It lies in the first frame, after the side information, where Xing's encoder put it and others followed.
 
     Args:
-        data: the file without its ID3v2 tag.
+        handle: the file, which is read into memory whole.
+        start: where its ID3v2 tag ends.
+        size: where the file ends.
 
     Returns:
         The frames behind a header that counts them, or None where the file can be read as it is.
@@ -185,6 +304,7 @@ def check_mp3(data: bytes) -> bytes | None:
     Raises:
         AudioError: more frames are missing from the header's count than `MP3_SLACK`.
     """
+    data = read_at(handle, start, size - start)  # an exact count: read(-1) would hold it twice
     first, last, count, position = -1, 0, 0, 0
     while 0 <= position <= len(data) - 4:
         header = int.from_bytes(data[position : position + 4])
@@ -212,4 +332,4 @@ def check_mp3(data: bytes) -> bytes | None:
     mpeg_1, mono = last >> 19 & 3 == 3, last >> 6 & 3 == 3
     side_info = (17 if mono else 32) if mpeg_1 else (9 if mono else 17)
     mark += bytes(side_info) + b"Xing" + struct.pack(">II", 1, count)
-    return mark.ljust(_mp3_frame_size(int.from_bytes(mark[:4])), b"\0") + data[first:]
+    return Patched(handle, mark.ljust(_mp3_frame_size(int.from_bytes(mark[:4])), b"\0"), start + first)

@@ -17,6 +17,8 @@ from datasets import List as ListOf
 from .tracks import Track
 
 SHARD_BYTES = 500_000_000
+# Arrow's binary values have 32-bit offsets.
+MAX_EMBEDDED_BYTES = 2**31 - 1
 _KINDS = {
     "bpm": "int32",
     "duration_s": "float64",
@@ -72,7 +74,7 @@ def _features() -> Features:
 
 
 def _write_split(directory: Path, split: str, tracks: Sequence[tuple[int, Track]], *, link: bool, advance) -> None:
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     features = _features()
     schema = features.arrow_schema
     shards = _plan_shards(tracks, link)
@@ -81,9 +83,12 @@ def _write_split(directory: Path, split: str, tracks: Sequence[tuple[int, Track]
     for name, shard in zip(names, shards, strict=True):
         with pyarrow.OSFile(str(directory / name), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
             for index, track in shard:
-                row = {"audio": _audio(index, track, link, advance)} | columns_of(track)
-                digest.update(json.dumps(columns_of(track), sort_keys=True).encode())
-                writer.write_table(pyarrow.Table.from_pylist([row], schema=schema))
+                columns = columns_of(track)
+                digest.update(json.dumps(columns, sort_keys=True).encode())
+                row = pyarrow.Table.from_pylist([columns | {"audio": None}], schema=schema)
+                audio = _audio(index, track, link, schema.field("audio").type)
+                writer.write_table(row.set_column(0, schema.field(0), audio))
+                advance(_size(index, track))
     DatasetInfo(features=features).write_to_directory(str(directory))
     state = {
         "_data_files": [{"filename": name} for name in names],
@@ -106,27 +111,44 @@ def _plan_shards(tracks: Iterable[tuple[int, Track]], link: bool) -> list[list[t
             shards.append([])
             size = 0
         shards[-1].append((index, track))
-        size += 0 if link or not isinstance(track.audio, Path) else _size(index, track.audio)
+        size += 0 if link else _size(index, track)
     return shards
 
 
-def _size(index: int, path: Path) -> int:
+def _size(index: int, track: Track) -> int:
     try:
-        return path.stat().st_size
+        return track.audio.stat().st_size if isinstance(track.audio, Path) else len(track.source)
     except OSError as error:
-        raise TrackChanged(index, f"it can't be read any more: {(error.strerror or str(error)).lower()}") from error
+        raise _unreadable(index, error) from error
 
 
-def _audio(index: int, track: Track, link: bool, advance) -> dict:
+def _audio(index: int, track: Track, link: bool, kind: pyarrow.StructType) -> pyarrow.StructArray:
+    """The one value of the audio column."""
     if link and isinstance(track.audio, Path):
-        advance(_size(index, track.audio))
-        return {"bytes": None, "path": str(track.audio.absolute())}
-    try:
-        source = track.source
-        content = source if isinstance(source, bytes) else source.read_bytes()
-    except OSError as error:
-        raise TrackChanged(index, f"it can't be read any more: {(error.strerror or str(error)).lower()}") from error
+        return pyarrow.array([{"bytes": None, "path": str(track.audio.absolute())}], kind)
+    content = _content(index, track)
     if hashlib.sha256(content).hexdigest() != track.sha256:
         raise TrackChanged(index, "it changed while the dataset was built; build again")
-    advance(len(content))
-    return {"bytes": content, "path": Path(track.id).name}
+    offsets = pyarrow.array([0, content.size], pyarrow.int32()).buffers()[1]
+    embedded = pyarrow.Array.from_buffers(pyarrow.binary(), 1, [None, offsets, content])
+    return pyarrow.StructArray.from_arrays([embedded, pyarrow.array([Path(track.id).name])], fields=list(kind))
+
+
+def _content(index: int, track: Track) -> pyarrow.Buffer:
+    """The bytes of an encoded file, in memory once."""
+    size = _size(index, track)
+    if size > MAX_EMBEDDED_BYTES:
+        raise TrackChanged(index, "it is larger than 2 GiB and can't be embedded; build with --link")
+    if not isinstance(track.audio, Path):
+        return pyarrow.py_buffer(track.source)
+    content = pyarrow.allocate_buffer(size)
+    try:
+        with track.audio.open("rb") as file:
+            read = file.readinto(content)
+    except OSError as error:
+        raise _unreadable(index, error) from error
+    return content.slice(0, read)
+
+
+def _unreadable(index: int, error: OSError) -> TrackChanged:
+    return TrackChanged(index, f"it can't be read any more: {(error.strerror or str(error)).lower()}")

@@ -2,126 +2,135 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 from ..errors import UsageError
-from ..files import write_text
-from ..paths import cache_dir, probe_writable
+from ..files import replacing_directory
+from ..paths import probe_writable
 from ..progress import progress_bar
-from ..version import __version__
-from .analysis import ANALYSIS_VERSION, Finding, Measurements, judge, measure
-from .audio import AudioError, read_audio
-from .tracks import Track, dataset_fingerprint, load_tracks
-
-REPORT_NAME = "report.json"
-RECOMMENDED_TAGS = (5, 10)
-COLUMNS = ("id", "tags", "lyrics", "language", "genre", "bpm", "keyscale", "timesignature", "duration_s",
-           "sample_rate", "channels", "sha256")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """What a build did: the tracks taken, every finding, and the fingerprint that equal input gives again."""
-
-    output_dir: Path
-    tracks: list[Track]
-    findings: list[Finding]
-    fingerprint: str
-    reused: bool
-
-    @property
-    def rejected(self) -> list[Finding]:
-        """The findings for which a track is left out."""
-        return [finding for finding in self.findings if finding.severity == "error"]
+from ..storage import local_copy
+from .analysis import Finding, Measurements, judge
+from .audio import AudioError
+from .auto_tags import fill_missing
+from .build_report import CARD_NAME, PAGE_NAME, REPORT_NAME, BuildOptions, BuildReport, describe
+from .dataset_files import TrackChanged, write_splits
+from .examination import caption_tracks, estimate_tracks, examine_tracks
+from .fingerprint import find_near_duplicates
+from .report_card import render_card
+from .report_page import render_report
+from .splits import choose_holdout, sampling_weights
+from .tracks import Track, load_tracks
 
 
 def build_dataset(
-    data_dirs: list[Path],
+    data_dirs: Sequence[str | Path],
     output_dir: Path,
+    options: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
     *,
-    validate_audio: bool = False,
-    genre_from_folder: bool = False,
-    min_duration_s: float = 0.0,
+    engine: str = "local",
     num_workers: int | None = None,
     show_progress: bool = True,
 ) -> BuildReport:
-    """Read folders of audio with sidecars into one `datasets` directory with a report beside the data.
+    """Read folders of audio with sidecars into one `datasets` directory with reports beside the data.
 
-    The directory appears under its name only when complete. A second build of the same input finds it unchanged and
-    does nothing; measurements are kept by file hash, so only new and changed files are decoded again.
+    The directory appears under its name only when complete. What was measured, estimated and captioned is kept by
+    file hash, so that a build that was killed, or one over a changed folder, only does what is missing. A build of
+    the same input finds the directory unchanged and does nothing.
 
     Args:
-        data_dirs: folders, as `load_tracks` takes them; with several, ids begin with the folder's name.
+        data_dirs: folders as `load_tracks` takes them, or `s3://…`; with several, ids begin with the folder's name.
         output_dir: a new directory, or one that an earlier build wrote, which is replaced.
-        validate_audio: decode every file completely, measure it, and reject what is damaged, silent or a copy.
-        genre_from_folder: a track without a genre takes its parent folder's name.
-        min_duration_s: shorter tracks are rejected.
-        num_workers: threads that decode; the number of cores if None.
+        options: what to do.
+        engine: "local" or "ray" (see `engines`); the output is the same.
+        num_workers: tracks decoded at a time; the number of cores if None.
         show_progress: draw progress bars.
 
     Raises:
-        UsageError: a folder is missing, no track is usable, or `output_dir` holds something else.
+        UsageError: an option is wrong, a folder is missing, no track is usable, or `output_dir` holds something else.
     """
-    previous = _check_output(output_dir)
-    tracks, findings = _read_folders(data_dirs, genre_from_folder, min_duration_s, show_progress)
-    findings += [Finding(track.id, "warning", reason) for track in tracks for reason in _judge_tags(track)]
-    tracks, copies = _reject_copies(tracks)
-    findings += copies
-    measurements: dict[str, Measurements] = {}
-    if validate_audio:
-        tracks, measurements, found = _validate(tracks, num_workers or os.cpu_count() or 1, show_progress)
-        findings += found
-    if not tracks:
-        reasons = "; ".join(
-            f"{finding.track}: {finding.reason}" for finding in findings if finding.severity == "error"
-        )
-        raise UsageError(f"no track in {', '.join(map(str, data_dirs))} is usable: {reasons[:2000]}")
-    fingerprint = dataset_fingerprint(tracks)
-    findings.sort(key=lambda finding: (("error", "warning", "note").index(finding.severity), finding.track))
-    report = BuildReport(output_dir, tracks, findings, fingerprint, reused=False)
-    content = _report_content(report, measurements, validated=validate_audio)
-    if content == previous:
-        return replace(report, reused=True)
-    _write(report, content)
-    return report
-
-
-def _check_output(output_dir: Path) -> dict | None:
-    """The report of the build that is there, None where nothing is; anything else is not ours to replace."""
+    options.check()
     try:
         probe_writable(output_dir.parent)
     except OSError as error:
         raise UsageError(f"--output-dir {output_dir} can't be written ({error.strerror}); choose another.") from error
+    run = {"engine": engine, "num_workers": num_workers or os.cpu_count() or 1, "show_progress": show_progress}
+    with replacing_directory(output_dir) as replacement:
+        previous = _check_output(output_dir)
+        tracks, findings = _read_folders(data_dirs, options, show_progress)
+        tracks, copies = _reject_copies(tracks)
+        findings += copies
+        measurements: dict[str, Measurements] = {}
+        near_duplicates: list[tuple[str, str, float]] = []
+        if options.validate_audio:
+            tracks, measurements, near_duplicates, found = _validate(tracks, options, run)
+            findings += found
+        estimates: dict[str, dict] = {}
+        if options.auto_tag:
+            tracks, estimates = _estimate(tracks, run)
+        if options.captioner is not None:
+            tracks, found = caption_tracks(tracks, options.captioner, show_progress=show_progress)
+            findings += found
+        while True:
+            kept = _divide(tracks, near_duplicates, options)
+            report, content = describe(output_dir, data_dirs, options, kept, findings, measurements, estimates)
+            if content == previous:
+                return replace(report, reused=True)
+            try:
+                with replacement() as new:
+                    _write(new, report, content, link=options.link, show_progress=show_progress)
+                return report
+            except TrackChanged as changed:
+                lost = kept[changed.index][0]
+                findings.append(Finding(lost.id, "error", str(changed)))
+                tracks = [track for track in tracks if track.id != lost.id]
+
+
+def _check_output(output_dir: Path) -> str | None:
+    """The text of the report that a complete earlier build left, None where nothing is; anything else is not ours."""
+    from datasets import load_from_disk
+
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return None
     try:
-        report = json.loads((output_dir / REPORT_NAME).read_text(encoding="utf-8"))
-        if (output_dir / "state.json").is_file() and report["fingerprint"]:
-            return report
+        text = (output_dir / REPORT_NAME).read_text(encoding="utf-8")
+        report = json.loads(text)
+        ours = report["fingerprint"] and isinstance(report["tracks"], list)
+        if ours and any((output_dir / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            try:
+                load_from_disk(str(output_dir))
+            except Exception:  # datasets raises many types for a damaged directory; it is written anew
+                return ""
+            return text if all((output_dir / name).is_file() for name in (PAGE_NAME, CARD_NAME)) else ""
     except (OSError, ValueError, KeyError, TypeError):
         pass  # a report of somebody else's, or none
     raise UsageError(f"--output-dir {output_dir} holds something that is not a dataset of ours; name another.")
 
 
 def _read_folders(
-    data_dirs: list[Path], genre_from_folder: bool, min_duration_s: float, show_progress: bool
+    data_dirs: Sequence[str | Path], options: BuildOptions, show_progress: bool
 ) -> tuple[list[Track], list[Finding]]:
     tracks, findings, failures = [], [], []
-    for folder in data_dirs:
-        prefix = f"{folder.name}/" if len(data_dirs) > 1 else ""
+    names: Counter[str] = Counter()
+    for location in data_dirs:
+        folder = local_copy(str(location), show_progress=show_progress)
+        prefix = ""
+        if len(data_dirs) > 1:
+            names[folder.name] += 1
+            number = names[folder.name]
+            prefix = f"{folder.name} ({number})/" if number > 1 else f"{folder.name}/"
         try:
-            found, problems = load_tracks(folder, min_duration_s=min_duration_s, show_progress=show_progress)
+            found, problems = load_tracks(
+                folder, min_duration_s=options.min_duration_s, judge_tags=False, show_progress=show_progress
+            )
         except UsageError as error:
             failures.append(str(error))
             continue
         for track in found:
-            genre = track.genre or (Path(prefix + track.id).parent.name if genre_from_folder else "")
+            genre = track.genre or (_folder_name(prefix, track.id, folder) if options.genre_from_folder else "")
             tracks.append(replace(track, id=prefix + track.id, genre=genre, tags=track.tags or genre))
         findings += [
             Finding(prefix + problem.track, "error" if problem.skipped else "warning", problem.reason)
@@ -132,10 +141,9 @@ def _read_folders(
     return tracks, findings
 
 
-def _judge_tags(track: Track) -> Iterator[str]:
-    count = len([tag for tag in track.tags.split(",") if tag.strip()])
-    if 0 < count < RECOMMENDED_TAGS[0]:
-        yield f"it has {count} tags; {RECOMMENDED_TAGS[0]} to {RECOMMENDED_TAGS[1]} describe a track well"
+def _folder_name(prefix: str, track_id: str, folder: Path) -> str:
+    """The name of the folder that holds a track: below `folder`, or its own."""
+    return PurePosixPath(prefix + track_id).parent.name or folder.absolute().name
 
 
 def _reject_copies(tracks: list[Track]) -> tuple[list[Track], list[Finding]]:
@@ -150,115 +158,92 @@ def _reject_copies(tracks: list[Track]) -> tuple[list[Track], list[Finding]]:
     return list(first.values()), copies
 
 
-def _validate(
-    tracks: list[Track], num_workers: int, show_progress: bool
-) -> tuple[list[Track], dict[str, Measurements], list[Finding]]:
-    """Decode and measure in threads (libsndfile, soxr and numpy work outside the interpreter's lock), in order."""
-    kept, measurements, findings = [], {}, []
-    layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}]"
-    total = sum(track.duration_s for track in tracks)
-    with (
-        ThreadPoolExecutor(num_workers) as pool,
-        progress_bar(total=total, desc="Validating audio", bar_format=layout, disable=not show_progress) as bar,
-    ):
-        for track, result in zip(tracks, pool.map(_measure_cached, tracks), strict=True):
-            bar.update(track.duration_s)
-            if isinstance(result, AudioError):
-                findings.append(Finding(track.id, "error", str(result)))
-                continue
-            found = judge(track.id, result, sample_rate=track.sample_rate, channels=track.channels)
-            findings += found
-            if not any(finding.severity == "error" for finding in found):
-                kept.append(track)
-                measurements[track.id] = result
-    return kept, measurements, findings
+def _validate(tracks: list[Track], options: BuildOptions, run: dict) -> tuple[list, dict, list, list[Finding]]:
+    """The tracks that are sound, their measurements, pairs that sound the same, and what was found."""
+    kept, measurements, fingerprints, findings = [], {}, {}, []
+    for track, result in zip(tracks, examine_tracks(tracks, **run), strict=True):
+        if isinstance(result, AudioError):
+            findings.append(Finding(track.id, "error", str(result)))
+            continue
+        found = judge(track.id, result.measurements, sample_rate=track.sample_rate, channels=track.channels)
+        findings += found
+        if not any(finding.severity == "error" for finding in found):
+            kept.append(track)
+            measurements[track.id] = result.measurements
+            fingerprints[track.id] = result.fingerprint
+    pairs = find_near_duplicates(fingerprints)
+    copies = set()
+    for original, copy, similarity in pairs:
+        if options.drop_near_duplicates and original in copies:
+            continue
+        severity = "error" if options.drop_near_duplicates else "warning"
+        reason = f"it sounds the same as {original} ({100 * similarity:.0f} % of its acoustic fingerprint)"
+        findings.append(Finding(copy, severity, reason))
+        copies.add(copy)
+    if options.drop_near_duplicates:
+        kept = [track for track in kept if track.id not in copies]
+        pairs = []
+    return kept, measurements, pairs, findings
 
 
-def _measure_cached(track: Track) -> Measurements | AudioError:
-    """Measure a track once per content: the result is kept by the file's hash."""
-    path = cache_dir() / f"analysis-v{ANALYSIS_VERSION}" / f"{track.sha256}.json"
-    try:
-        return Measurements(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        pass  # not measured yet, or by a program that was cut off
-    try:
-        measured = measure(read_audio(track.source))
-    except AudioError as error:
-        return error
-    write_text(path, json.dumps(measured.as_dict()))
-    return measured
+def _estimate(tracks: list[Track], run: dict) -> tuple[list[Track], dict[str, dict]]:
+    """Fill in missing BPM and keys; also returns what was estimated, by track."""
+    missing = [track for track in tracks if track.bpm is None or track.keyscale is None]
+    filled, estimates = {}, {}
+    for track, tags in zip(missing, estimate_tracks(missing, **run), strict=True):
+        if tags is not None:
+            filled[track.id], estimates[track.id] = fill_missing(track, tags)
+    return [filled.get(track.id, track) for track in tracks], estimates
 
 
-def _report_content(report: BuildReport, measurements: dict[str, Measurements], *, validated: bool) -> dict:
-    rows = [
-        {name: getattr(track, name) for name in COLUMNS if name != "lyrics"}
-        | {"measured": measurements[track.id].as_dict() if track.id in measurements else None}
-        for track in report.tracks
-    ]
-    return {
-        "version": __version__,
-        "fingerprint": report.fingerprint,
-        "validated": validated,
-        "genres": _count_genres(report.tracks),
-        "findings": [asdict(finding) for finding in report.findings],
-        "tracks": rows,
-    }
-
-
-def _count_genres(tracks: list[Track]) -> dict[str, dict]:
-    """Tracks and minutes of each genre, the longest first."""
-    counts, minutes = Counter(), Counter()
-    for track in tracks:
-        genre = track.genre or "(no genre)"
-        counts[genre] += 1
-        minutes[genre] += track.duration_s / 60
-    return {genre: {"tracks": counts[genre], "minutes": round(total, 2)} for genre, total in minutes.most_common()}
-
-
-def _write(report: BuildReport, content: dict) -> None:
-    """Write data and report under a temporary name, then put them in place of what was there."""
-    from datasets import Audio, Dataset, Features, Value
-
-    kinds = {"bpm": "int32", "duration_s": "float64", "sample_rate": "int32", "channels": "int32"}
-    # Encoding an Audio feature needs TorchCodec; bytes and path don't, and cast to one without decoding.
-    features = Features(
-        {"audio": {"bytes": Value("binary"), "path": Value("string")}}
-        | {name: Value(kinds.get(name, "string")) for name in COLUMNS}
+def _divide(
+    tracks: list[Track], near_duplicates: list[tuple[str, str, float]], options: BuildOptions
+) -> list[tuple[Track, str]]:
+    """(track, split) of each, with its sampling weight."""
+    place = {track.id: index for index, track in enumerate(tracks)}
+    groups = _connected([(place[a], place[b]) for a, b, _ in near_duplicates if a in place and b in place])
+    held = choose_holdout([(track.genre, track.sha256) for track in tracks], options.holdout, groups)
+    train = [track for index, track in enumerate(tracks) if index not in held]
+    weights = dict(
+        zip(
+            (track.id for track in train),
+            sampling_weights([track.genre for track in train], options.balance),
+            strict=True,
+        )
     )
-
-    def rows() -> Iterator[dict]:
-        for track in report.tracks:
-            source = track.source
-            content = source if isinstance(source, bytes) else source.read_bytes()
-            audio = {"bytes": content, "path": Path(track.id).name}
-            yield {"audio": audio} | {name: getattr(track, name) for name in COLUMNS}
-
-    output_dir = report.output_dir
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".partial-{output_dir.name}-", dir=output_dir.parent))
-    try:
-        dataset = Dataset.from_generator(rows, features=features, cache_dir=str(temporary / "cache"))
-        dataset.cast_column("audio", Audio(decode=False)).save_to_disk(str(temporary / "dataset"))
-        (temporary / "dataset" / REPORT_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
-        if output_dir.exists():
-            os.replace(output_dir, temporary / "old")
-        try:
-            os.replace(temporary / "dataset", output_dir)
-        except OSError:  # what was there goes back before the temporary folder is removed with it
-            if (temporary / "old").exists():
-                os.replace(temporary / "old", output_dir)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return [
+        (replace(track, sampling_weight=weights.get(track.id, 1.0)), "test" if index in held else "train")
+        for index, track in enumerate(tracks)
+    ]
 
 
-def describe_build(report: BuildReport) -> str:
-    """Every finding, minutes by genre, and what was written, for a person."""
-    words = {"error": "rejected"}
-    lines = [f"  {words.get(f.severity, f.severity):<9}{f.track}: {f.reason}" for f in report.findings]
-    for genre, total in _count_genres(report.tracks).items():
-        lines.append(f"  {genre:<24}{total['tracks']:>5} tracks {total['minutes']:>8.1f} min")
-    state = "is up to date" if report.reused else "was written"
-    rejected = len({finding.track for finding in report.rejected})
-    lines.append(f"{report.output_dir} {state}: {len(report.tracks)} tracks, {rejected} rejected; see {REPORT_NAME}.")
-    return "\n".join(lines)
+def _connected(pairs: list[tuple[int, int]]) -> list[list[int]]:
+    """Groups of whatever is joined by a chain of pairs."""
+    group: dict[int, list[int]] = {}
+    for a, b in pairs:
+        left, right = group.setdefault(a, [a]), group.setdefault(b, [b])
+        if left is not right:
+            left += right
+            group.update((member, left) for member in right)
+    return list({id(members): members for members in group.values()}.values())
+
+
+def _write(new: Path, report: BuildReport, content: str, *, link: bool, show_progress: bool) -> None:
+    """Write data and reports into the folder `new`."""
+    held = {track.id for track in report.held_out}
+    rows = json.loads(content)["tracks"]
+    by_id = {track.id: track for track in (*report.tracks, *report.held_out)}
+    numbered = [(index, by_id[row["id"]]) for index, row in enumerate(rows)]
+    splits = {"train": [entry for entry in numbered if entry[1].id not in held]}
+    if held:
+        splits["test"] = [entry for entry in numbered if entry[1].id in held]
+    with progress_bar(desc="Writing", unit="B", unit_scale=True, disable=not show_progress) as bar:
+        write_splits(new, splits, link=link, advance=bar.update)
+    audio_urls = {
+        track.id: quote(os.path.relpath(track.audio.absolute(), report.output_dir.absolute()))
+        for _, track in numbered
+        if isinstance(track.audio, Path)
+    }
+    (new / REPORT_NAME).write_text(content, encoding="utf-8")
+    (new / PAGE_NAME).write_text(render_report(json.loads(content), audio_urls), encoding="utf-8")
+    (new / CARD_NAME).write_text(render_card(json.loads(content)), encoding="utf-8")

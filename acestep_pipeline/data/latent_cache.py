@@ -18,6 +18,7 @@ from ..errors import RunError, UsageError
 from ..files import write_tensors
 from ..progress import progress_bar
 from .audio import AudioError, read_audio
+from .lyrics import cut_to_window, lines_beyond
 from .tracks import Problem, Track
 
 # Raise when the meaning of a cached tensor changes.
@@ -28,16 +29,28 @@ CROP_STEP_S = 2
 
 
 @dataclass(frozen=True)
+class Window:
+    """A crop of a track: the latent frame it starts at, and what the model is told about it."""
+
+    start_frame: int
+    fields: PromptFields
+    condition_file: Path
+    num_condition_tokens: int
+
+
+@dataclass(frozen=True)
 class CachedTrack:
-    """A track ready to train on: where its tensors are and how they are cropped."""
+    """A track ready to train on: where its tensors are, and the windows that it is heard in.
+
+    All windows are `crop_frames` long. `weight` is the track's `sampling_weight`.
+    """
 
     id: str
-    fields: PromptFields
     latents_file: Path
-    condition_file: Path
     num_frames: int
     crop_frames: int
-    num_condition_tokens: int
+    windows: tuple[Window, ...]
+    weight: float = 1.0
 
 
 def fingerprint(*modules: torch.nn.Module) -> str:
@@ -56,11 +69,18 @@ def crop_frames(num_frames: int, max_duration_s: float, frames_per_second: float
     return min(num_frames, int(max_duration_s * frames_per_second)) // step * step
 
 
-def prompt_fields(track: Track, duration_s: float) -> PromptFields:
-    """What the model is told about a crop of `duration_s` seconds of `track`."""
+def plan_windows(num_frames: int, crop_frames: int) -> tuple[int, ...]:
+    """First frames of the fewest windows that cover a track evenly: every frame is in one of them, or in two."""
+    last = num_frames - crop_frames
+    gaps = -(-num_frames // crop_frames) - 1
+    return tuple(index * last // gaps for index in range(gaps + 1)) if gaps else (0,)
+
+
+def prompt_fields(track: Track, lyrics: str, duration_s: float) -> PromptFields:
+    """What the model is told about a crop of `duration_s` seconds of `track`, in which `lyrics` are sung."""
     return PromptFields(
         prompt=track.tags,
-        lyrics=track.lyrics,
+        lyrics=lyrics,
         vocal_language=track.language,
         bpm=track.bpm,
         keyscale=track.keyscale,
@@ -104,24 +124,34 @@ class LatentCache:
         if not crop:
             reason = f"it decodes to {num_frames / rate:.1f} s; a crop needs at least {CROP_STEP_S} s"
             return None, [Problem(track.id, reason, skipped=True)]
-        fields = prompt_fields(track, crop / rate)
-        condition_file, num_tokens, lost_text, lost_lyrics = self._condition(fields)
-        problems = []
-        if lost_text:
-            reason = f"its tags are cut: {lost_text} tokens beyond the model's {MAX_TEXT_TOKENS} are lost"
-            problems.append(Problem(track.id, reason, skipped=False))
-        if lost_lyrics:
-            reason = f"its lyrics are cut: {lost_lyrics} tokens beyond the model's {MAX_LYRIC_TOKENS} are lost"
-            problems.append(Problem(track.id, reason, skipped=False))
+        windows, problems = self._windows(track, num_frames, crop)
         return CachedTrack(
             id=track.id,
-            fields=fields,
             latents_file=latents_file,
-            condition_file=condition_file,
             num_frames=num_frames,
             crop_frames=crop,
-            num_condition_tokens=num_tokens,
+            windows=windows,
+            weight=track.sampling_weight,
         ), problems
+
+    def _windows(self, track: Track, num_frames: int, crop: int) -> tuple[tuple[Window, ...], list[Problem]]:
+        """The windows of a track, each with its condition; windows that are told the same share one."""
+        rate = self.pipeline.latents_per_second
+        song_s, crop_s = num_frames / rate, crop / rate
+        starts = plan_windows(num_frames, crop)
+        lyrics = [cut_to_window(track.lyrics, start / rate, start / rate + crop_s, song_s=song_s) for start in starts]
+        told = [prompt_fields(track, words, crop_s) for words in lyrics]
+        conditions = {fields: self._condition(fields) for fields in dict.fromkeys(told)}
+        windows = [Window(start, fields, *conditions[fields][:2]) for start, fields in zip(starts, told, strict=True)]
+        lost_text, lost_lyrics = (max(condition[part] for condition in conditions.values()) for part in (2, 3))
+        reasons = []
+        if lost_text:
+            reasons.append(f"its tags are cut: {lost_text} tokens beyond the model's {MAX_TEXT_TOKENS} are lost")
+        if lost_lyrics:
+            reasons.append(f"its lyrics are cut: {lost_lyrics} tokens beyond the model's {MAX_LYRIC_TOKENS} are lost")
+        if late := lines_beyond(track.lyrics, song_s):
+            reasons.append(f"{late} lines of its lyrics are timed beyond its end at {song_s:.1f} s and are left out")
+        return tuple(windows), [Problem(track.id, reason, skipped=False) for reason in reasons]
 
     def _latents(self, track: Track) -> tuple[Path, int]:
         path = self.latents_dir / f"{track.sha256}.safetensors"
@@ -184,14 +214,18 @@ def prepare_tracks(
     return cached, problems
 
 
-def load_latents(entry: CachedTrack) -> dict[str, torch.Tensor]:
-    """`mean` and `std`, float32 `[frames, channels]`."""
-    return load_file(entry.latents_file)
+def load_latents(track: CachedTrack, window: Window | None = None) -> dict[str, torch.Tensor]:
+    """`mean` and `std`, float32 `[frames, channels]`, of one window (nothing else is read) or of the whole track."""
+    frames = slice(0, track.num_frames)
+    if window is not None:
+        frames = slice(window.start_frame, window.start_frame + track.crop_frames)
+    with safe_open(track.latents_file, "pt") as file:
+        return {name: file.get_slice(name)[frames] for name in ("mean", "std")}
 
 
-def load_condition(entry: CachedTrack) -> torch.Tensor:
+def load_condition(window: Window) -> torch.Tensor:
     """`encoder_hidden_states`, `[tokens, dim]`, in the encoder's dtype."""
-    return load_file(entry.condition_file)["encoder_hidden_states"]
+    return load_file(window.condition_file)["encoder_hidden_states"]
 
 
 def _read_header(path: Path) -> dict | None:

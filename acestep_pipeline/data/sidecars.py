@@ -1,200 +1,171 @@
-"""The text of a track: from sidecar files or a dataset's row, as anyone writes it, to the fields of `Track`.
+"""The files beside a track that say what it is, and the order in which they are believed.
 
-First the raw fields are gathered (`read_sidecars`, `text_fields`), then they are normalised (`normalise_text`).
-Neither raises for what a user wrote: a value that can't be used is left out with a warning.
+A track's text comes from four kinds of sources. Each field (tags, lyrics, bpm, …) is taken from the first that has it:
+
+1. sidecars of the track, matched whatever their case, by `song` or by `song.mp3`:
+   - tags: `song.tags.txt`, then `song.txt`, then `song.caption` or `song.caption.txt`;
+   - lyrics: `song.lyrics.txt`, then `song.lrc` (timestamps are kept);
+   - `song.txt` may also be lines of `caption: …`, `genre: …`, `bpm: …`, `key: …`, `signature: …` and, last, `lyrics:`
+     with the lines that follow, as Side-Step writes; where it has structure tags or timestamps it holds the lyrics, as
+     the official trainer's may; else all of it is tags;
+   - everything: `song.json`, under our names, the official trainer's or Side-Step's (`fields.FIELD_NAMES`);
+2. a table in the data folder's top (`tables`): `metadata.jsonl`, `metadata.csv`, any other csv with a column that
+   names files, the official trainer's dataset JSON under any name;
+3. the tags inside the audio file (`file_tags`);
+4. the folder's name as genre, where the dataset builder is told so.
+
+An empty `.lyrics.txt` says that nobody sings; empty tags say nothing. What can't be read or used is left out with a
+warning, and the next source is asked.
 """
 
-import csv
-import errno
-import io
+import fnmatch
 import json
-import unicodedata
+import os
+import re
 from pathlib import Path
 
-from ..conditioning import INSTRUMENTAL
+from .fields import FIELD_NAMES, KNOWN_NAMES, canonical_name, fill_missing, text_fields
+from .text_files import fold, one_line, read_text
 
-# What the model was trained with (`timesignature` is the number of beats in a bar).
-TIME_SIGNATURES = ("2", "3", "4", "6")
-BPM_RANGE = (30, 300)
-# Names that a JSON sidecar or a dataset's columns may use for each text field, the first found wins.
-FIELD_NAMES = {
-    "tags": ("tags", "caption", "prompt"),
-    "lyrics": ("lyrics",),
-    "genre": ("genre",),
-    "bpm": ("bpm",),
-    "keyscale": ("keyscale", "key"),
-    "timesignature": ("timesignature", "time_signature"),
-    "language": ("language", "vocal_language"),
+# What a file is by its end, the longest end first, since `song.tags.txt` ends in `.txt` as well.
+_KINDS = {
+    ".caption.txt": "caption",
+    ".lyrics.txt": "lyrics",
+    ".tags.txt": "tags",
+    ".caption": "caption",
+    ".json": "json",
+    ".lrc": "lrc",
+    ".txt": "text",
 }
-# One table for a whole folder, the first found is read; the column that names a row's audio file.
-TABLE_NAMES = ("metadata.jsonl", "metadata.csv")
-FILE_COLUMNS = ("file_name", "filename", "file", "path")
+# The order of belief.
+_ORDER = ("tags", "lyrics", "lrc", "text", "caption", "json")
+# Text files that are nobody's sidecar and no mistake either.
+_OTHERS = (
+    "readme*", "license*", "licence*", "copying*", "copyright*", "credits*", "notice*", "authors*", "changelog*",
+    "*.license.txt", "*.licence.txt", "metadata.*", "requirements*.txt", "report.json", "dataset_info*.json",
+    "dataset_dict.json", "state.json", "demo.json",
+)  # fmt: skip
+_KEY_LINE = re.compile(r"\s*([A-Za-z][A-Za-z _-]{0,30}?)\s*:\s*(.*)")
+_SUNG = re.compile(
+    r"^\s*\[\s*(?:verse|chorus|pre-?chorus|intro|outro|bridge|hook|refrain|interlude|break|drop|inst|\d+:\d\d)",
+    re.I | re.M,
+)
+# A comma after one of these means that the line is tags which happen to begin with `bpm: 90`.
+_SINGLE_VALUES = {"bpm", "keyscale", "timesignature", "language"}
+
+Sidecars = dict[str, list[str]]
 
 
-def read_table(folder: Path) -> tuple[dict[str, dict], list[tuple[str, str]]]:
-    """What `metadata.jsonl` or `metadata.csv` in `folder` says about its tracks, a row each.
+def match_sidecars(names: list[str], audio_names: list[str]) -> tuple[dict[str, Sidecars], list[str]]:
+    """Which files of one directory belong to which audio file of it.
 
-    The names are those of the `datasets` library's folders: `file_name` is the path relative to the table, the other
-    columns are those of a JSON sidecar. Sidecars overrule the table.
+    A sidecar belongs to the files whose name, with or without its ending, it has before its own ending: exactly where
+    there is such a file, else whatever the case. So `song.txt` describes both `song.mp3` and `song.flac`.
+
+    Args:
+        names: all file names in the directory.
+        audio_names: those that are audio.
 
     Returns:
-        Fields by relative path with forward slashes, and (name, warning) about the table or its rows.
+        For each audio file its sidecars' names by kind, the closest first; and the names that belong to none.
     """
-    path = next((folder / name for name in TABLE_NAMES if (folder / name).is_file()), None)
-    if path is None:
-        return {}, []
-    unreadable: list[str] = []
-    text = _read_text(path, unreadable)
-    warnings = [(path.name, warning) for warning in unreadable]
-    table: dict[str, dict] = {}
-    for number, row in _table_rows(path.suffix, text or ""):
-        name = next((row[column] for column in FILE_COLUMNS if isinstance(row, dict) and row.get(column)), None)
-        if not isinstance(name, str):
-            warnings.append((path.name, f"line {number} is not a row with a {FILE_COLUMNS[0]} and is left out"))
-            continue
-        key = Path(name).as_posix()
-        if key in table:
-            warnings.append((path.name, f"line {number} names {one_line(key)} again; the first row counts"))
-            continue
-        found: list[str] = []
-        table[key] = text_fields(row, found)
-        warnings += [(one_line(key), f"{warning} ({path.name})") for warning in found]
-    return table, warnings
+    stems = {name: os.path.splitext(name)[0] for name in audio_names}
+    exact = {*stems, *stems.values()}
+    owners: dict[str, list[str]] = {}
+    for name, stem in stems.items():
+        for key in {fold(name), fold(stem)}:
+            owners.setdefault(key, []).append(name)
+    found: dict[str, dict[str, list[tuple]]] = {name: {} for name in audio_names}
+    unmatched = []
+    for name in sorted(set(names) - stems.keys()):
+        folded = fold(name)
+        options = [(kind, len(end)) for end, kind in _KINDS.items() if folded.endswith(end)]
+        matched = False
+        for kind, length in options:
+            base, folded_base = name[:-length], folded[:-length]
+            tracks = owners.get(folded_base, [])
+            if base in exact:
+                tracks = [track for track in tracks if base in (track, stems[track])]
+            for track in tracks:
+                rank = (folded_base != fold(track), base not in (track, stems[track]), name)
+                found[track].setdefault(kind, []).append((rank, name))
+            if tracks:
+                matched = True
+                break
+        if options and not matched and not name.startswith("."):
+            unmatched.append(name)
+    return {
+        track: {kind: [name for _, name in sorted(ranked)] for kind, ranked in kinds.items()}
+        for track, kinds in found.items()
+    }, unmatched
 
 
-def _table_rows(suffix: str, text: str) -> list[tuple[int, object]]:
-    """(line number, row) of each row; a row that is not one is None."""
-    rows: list[tuple[int, object]] = []
-    if suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        try:
-            rows += [(reader.line_num, row) for row in reader]
-        except csv.Error:  # a field of more than 128 KiB: a quote that is never closed
-            rows.append((reader.line_num + 1, None))
-        return rows
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                rows.append((number, json.loads(line)))
-            except (ValueError, RecursionError):
-                rows.append((number, None))
-    return rows
+def is_other_text(name: str) -> bool:
+    """A read-me, a licence, a table or a report: text that is no track's sidecar."""
+    return any(fnmatch.fnmatchcase(fold(name), pattern) for pattern in _OTHERS)
 
 
-def read_sidecars(file: Path) -> tuple[dict, list[str]]:
-    """What the files beside `song.mp3` say about it.
+def read_sidecars(directory: Path, sidecars: Sidecars) -> tuple[dict, list[str]]:
+    """What a track's sidecars say about it, the most believed first for each field.
 
-    `song.json` (tags or caption, lyrics, genre, bpm, keyscale, timesignature, language) is overruled by
-    `song.tags.txt` (else `song.txt`, `song.caption`) and `song.lyrics.txt`.
+    Args:
+        directory: where they lie.
+        sidecars: their names by kind, as `match_sidecars` gives them.
 
     Returns:
-        The fields found, and warnings about sidecars that can't be read.
+        The raw fields found, and warnings about sidecars that can't be used.
     """
     record: dict = {}
     warnings: list[str] = []
-    sidecar = file.with_suffix(".json")
-    text = _read_text(sidecar, warnings)
-    if text is not None:
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError):
-            values = None
-        if isinstance(values, dict):
-            record = text_fields(values, warnings)
-        else:
-            warnings.append(f"{one_line(sidecar.name)} is not a JSON object and is left out")
-    for field, suffixes in (("tags", (".tags.txt", ".txt", ".caption")), ("lyrics", (".lyrics.txt",))):
-        for suffix in suffixes:
-            text = _read_text(file.with_name(file.stem + suffix), warnings)
+    for kind in _ORDER:
+        for name in sidecars.get(kind, ()):
+            text = read_text(directory / name, warnings)
             if text is not None:
-                record[field] = text
+                fill_missing(record, _sidecar_fields(kind, text, one_line(name), warnings))
                 break
     return record, warnings
 
 
-def text_fields(values: dict, warnings: list[str]) -> dict:
-    """The known fields of a JSON object or a dataset's row, lists joined (tags by commas, lyrics by lines).
+def _sidecar_fields(kind: str, text: str, name: str, warnings: list[str]) -> dict:
+    if kind == "json":
+        values = parse_json(text)
+        if isinstance(values, dict):
+            return text_fields(values, warnings)
+        warnings.append(f"{name} is not a JSON object and is left out")
+        return {}
+    if kind == "text":
+        pairs = _key_values(text)
+        if pairs is not None:
+            return text_fields(pairs, warnings)
+    if kind in ("lyrics", "lrc") or (kind == "text" and _SUNG.search(text)):
+        return {"lyrics": text}
+    return {"tags": text} if text.strip() else {}
 
-    What is neither text, a number nor a list of them is left out, and a sentence about it added to `warnings`.
-    """
-    fields = {}
-    for field, names in FIELD_NAMES.items():
-        value = next((values[name] for name in names if values.get(name) not in (None, "", [])), None)
-        if isinstance(value, list) and all(isinstance(entry, str | int | float) for entry in value):
-            value = ("\n" if field == "lyrics" else ", ").join(map(str, value))
-        if isinstance(value, dict | list):
-            warnings.append(f"its {field} is neither text, a number nor a list of them and is left out")
-        elif value is not None:
-            fields[field] = value
-    return fields
 
-
-def _read_text(path: Path, warnings: list[str]) -> str | None:
-    """The file's text, or None where there is no such file or, with a warning, it can't be read."""
+def parse_json(text: str) -> object:
+    """The value of a JSON text, None where it is none, or is nested or has numbers beyond what Python reads."""
     try:
-        if not path.is_file():
-            return None
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-            return None  # the track's own name is within the file system's limit, such a sidecar can't exist
-        warnings.append(f"{one_line(path.name)} is not readable as UTF-8 text and is left out")
+        return json.loads(text)
+    except (ValueError, RecursionError):
         return None
 
 
-def normalise_tags(tags: str) -> str:
-    """Comma- or line-separated descriptors, trimmed, without repeats (whatever the case), in their order."""
-    seen: dict[str, str] = {}
-    for tag in tags.replace("\n", ",").split(","):
-        tag = " ".join(tag.split())
-        if tag:
-            seen.setdefault(tag.casefold(), tag)
-    return ", ".join(seen.values())
+def _key_values(text: str) -> dict[str, str] | None:
+    """The fields of a text whose first line is `name: value` with a known name, else None.
 
-
-def normalise_text(record: dict) -> tuple[dict, list[str]]:
-    """The text fields of `Track` from a raw record, with a warning for each value that had to be left out.
-
-    Returns:
-        `tags`, `lyrics`, `language`, `genre`, `bpm`, `keyscale` and `timesignature`, and the warnings.
+    A line without a known name continues the value before it; after `lyrics:` all lines are lyrics.
     """
-    warnings = []
-
-    def text(field: str) -> str:
-        # JSON can hold half a surrogate pair, which no tokenizer takes.
-        return str(record.get(field) or "").encode("utf-8", "replace").decode().strip()
-
-    genre = text("genre")
-    tags = normalise_tags(text("tags"))
-    if not tags:
-        instead = f"its genre {genre!r}" if genre else "an empty caption"
-        warnings.append(f"it has no tags and trains with {instead}; describe it in a .tags.txt beside it")
-        tags = genre
-    bpm = record.get("bpm")
-    if bpm not in (None, ""):
-        try:
-            value = round(float(str(bpm).lower().replace("bpm", "")))
-        except (ValueError, OverflowError):
-            value = 0
-        bpm = value if BPM_RANGE[0] <= value <= BPM_RANGE[1] else None
-        if bpm is None:
-            warnings.append(f"its bpm {record['bpm']!r} is not between {BPM_RANGE[0]} and {BPM_RANGE[1]}; left empty")
-    timesignature = text("timesignature").split("/")[0].strip() or None
-    if timesignature is not None and timesignature not in TIME_SIGNATURES:
-        warnings.append(f"its time signature {record['timesignature']!r} is not 2, 3, 4 or 6; left empty")
-        timesignature = None
-    return {
-        "tags": tags,
-        "lyrics": text("lyrics") or INSTRUMENTAL,
-        "language": text("language") or "unknown",
-        "genre": genre,
-        "bpm": bpm or None,
-        "keyscale": text("keyscale") or None,
-        "timesignature": timesignature,
-    }, warnings
-
-
-def one_line(name: str) -> str:
-    """Control characters, line ends and undecodable bytes of a file name as escapes."""
-    escaped = {"Cc", "Cs", "Zl", "Zp"}
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in escaped else c for c in name)
+    lines = text.strip().splitlines()
+    first = _KEY_LINE.fullmatch(lines[0]) if lines else None
+    if first is None or canonical_name(first[1]) not in KNOWN_NAMES:
+        return None
+    if "," in first[2] and any(canonical_name(first[1]) in FIELD_NAMES[field] for field in _SINGLE_VALUES):
+        return None
+    values: dict[str, list[str]] = {}
+    name = ""
+    for line in lines:
+        pair = _KEY_LINE.fullmatch(line) if name not in FIELD_NAMES["lyrics"] else None
+        if pair and canonical_name(pair[1]) in KNOWN_NAMES:
+            name, line = canonical_name(pair[1]), pair[2]
+        values.setdefault(name, []).append(line)
+    return {name: "\n".join(lines).strip() for name, lines in values.items()}

@@ -1,6 +1,6 @@
-"""Tracks: audio with its text, from a folder with sidecar files or from a `datasets` directory.
+"""Tracks: audio with its text, from a folder of whatever people have or from a `datasets` directory.
 
-What the text may look like, and what becomes of it, is in `sidecars`.
+Where the text is looked for, and which source is believed first, is in `sidecars`.
 """
 
 import hashlib
@@ -13,11 +13,20 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..progress import progress_bar
-from .audio import AUDIO_SUFFIXES, AudioError, probe_audio
-from .sidecars import normalise_text, one_line, read_sidecars, read_table, text_fields
+from ..storage import local_copy
+from .audio import AUDIO_SUFFIXES, AudioError, AudioInfo, probe_audio
+from .dataset_rows import EmbeddedAudio, disk_records, hub_records
+from .engines import map_in_order
+from .fields import fill_missing
+from .file_tags import read_file_tags
+from .folder_listing import FolderListing, dataset_json_names, describe_unmatched, list_folder
+from .normalisation import normalise_rights, normalise_tags, normalise_text
+from .sidecars import read_sidecars
+from .tables import read_tables
+from .text_files import one_line
 
-# Files that look like audio to a person but that libsndfile can't read; named in the summary, never passed over.
-UNSUPPORTED_SUFFIXES = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".ac3", ".alac"})
+# Hashing and probing wait for the disk and release the interpreter's lock.
+_MAX_READERS = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Track:
     """
 
     id: str
-    audio: "Path | EmbeddedAudio"
+    audio: Path | EmbeddedAudio
     tags: str
     lyrics: str
     language: str
@@ -64,19 +73,8 @@ class Track:
         return _source(self.audio)
 
 
-@dataclass(frozen=True, eq=False)
-class EmbeddedAudio:
-    """The encoded file in one row of a `datasets.Dataset`."""
-
-    dataset: object
-    index: int
-
-
 def _source(audio: Path | EmbeddedAudio) -> Path | bytes:
-    if isinstance(audio, Path):
-        return audio
-    row = audio.dataset[audio.index]["audio"] or {}
-    return row.get("bytes") or b""
+    return audio if isinstance(audio, Path) else audio.read()
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,16 @@ class Problem:
     skipped: bool
 
 
+@dataclass(frozen=True)
+class _Examined:
+    """A raw record, and what its audio is or why it can't be used."""
+
+    record: dict
+    info: AudioInfo | None = None
+    sha256: str = ""
+    refusal: str = ""
+
+
 def load_tracks(
     train_data_dir: str | Path | None = None,
     *,
@@ -95,16 +103,19 @@ def load_tracks(
     min_duration_s: float = 0.0,
     max_train_samples: int | None = None,
     seed: int = 0,
+    judge_tags: bool = True,
     show_progress: bool = True,
 ) -> tuple[list[Track], list[Problem]]:
     """Read the tracks of a folder, a `datasets` directory or a Hub dataset, in a fixed order.
 
     Args:
-        train_data_dir: a folder of audio with sidecars, or a directory written by `Dataset.save_to_disk`.
+        train_data_dir: a folder of audio with sidecars, or a directory written by `Dataset.save_to_disk`; of an
+            `s3://bucket/prefix` the copy in the cache folder is brought up to date and read.
         dataset_name: instead of the folder, a Hub id (split `train`) or anything `datasets.load_dataset` takes.
         min_duration_s: shorter tracks are skipped.
         max_train_samples: only so many usable tracks, drawn from all of them by `seed`.
         seed: for `max_train_samples`.
+        judge_tags: name tracks that have no tags.
         show_progress: draw a progress bar.
 
     Returns:
@@ -113,44 +124,47 @@ def load_tracks(
     Raises:
         UsageError: there is no such folder, or no track in it is usable.
     """
+    source = dataset_name or local_copy(str(train_data_dir), show_progress=show_progress).expanduser()
     problems: list[Problem] = []
+    num_readers = 1  # a dataset's rows are read from one file
     if dataset_name is not None:
-        source, total, read_record = dataset_name, *_hub_records(dataset_name)
+        total, read_record = hub_records(dataset_name)
+    elif not source.is_dir():
+        raise UsageError(f"--train_data_dir {source} is not a folder; name one that holds audio.")
+    elif (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
+        total, read_record = disk_records(source)
     else:
-        source = Path(train_data_dir).expanduser()
-        if str(train_data_dir).startswith("s3://"):
-            raise UsageError(f"--train_data_dir {train_data_dir}: copy it to a folder first; only folders are read.")
-        if not source.is_dir():
-            raise UsageError(f"--train_data_dir {source} is not a folder; name one that holds audio.")
-        if (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
-            total, read_record = _disk_records(source)
-        else:
-            files = find_audio_files(source)
-            table, warnings = read_table(source)
-            total, read_record = len(files), lambda index: _folder_record(source, files[index], table)
-            names = {file.relative_to(source).as_posix() for file in files}
-            warnings += [
-                (one_line(name), "it is in the folder's table but not there") for name in table.keys() - names
-            ]
-            problems += [Problem(name, warning, skipped=False) for name, warning in sorted(warnings)]
+        total, read_record, problems = _folder_records(source)
+        num_readers = min(_MAX_READERS, os.cpu_count() or 1)
     order = list(range(total))
     if max_train_samples is not None:
         random.Random(seed).shuffle(order)
     tracks, ids = {}, set()
+    examined = map_in_order(lambda index: _examine(read_record(index)), order, num_workers=num_readers)
     with progress_bar(total=total, desc="Reading tracks", unit="track", disable=not show_progress) as bar:
         for index in order:
             if max_train_samples is not None and len(tracks) >= max_train_samples:
                 break
-            record = read_record(index)
-            record["id"] = _unique_id(str(record["id"]), ids)
-            track, found = _to_track(record, min_duration_s)
+            result = next(examined)
+            track, found = _to_track(result, _unique_id(str(result.record["id"]), ids), min_duration_s)
             problems += found
             if track is not None:
                 tracks[index] = track
+                if judge_tags:
+                    problems += [Problem(track.id, reason, skipped=False) for reason in describe_missing_tags(track)]
             bar.update()
+    examined.close()
     if not tracks:
         raise UsageError(_nothing_usable(str(source), total, problems))
     return [tracks[index] for index in sorted(tracks)], problems
+
+
+def describe_missing_tags(track: Track) -> list[str]:
+    """A sentence about a track that nobody described, or none."""
+    if track.tags and track.tags != normalise_tags(track.genre):
+        return []
+    instead = f"its genre {track.genre!r}" if track.tags else "an empty caption"
+    return [f"it has no tags and trains with {instead}; describe it in a .tags.txt beside it"]
 
 
 def _unique_id(name: str, taken: set[str]) -> str:
@@ -165,126 +179,73 @@ def _unique_id(name: str, taken: set[str]) -> str:
 
 
 def _nothing_usable(source: str, total: int, problems: list[Problem]) -> str:
-    if not total:
-        suffixes = ", ".join(sorted(suffix.lstrip(".") for suffix in AUDIO_SUFFIXES))
-        return f"{source} has no audio files ({suffixes}); put your tracks there, with a .tags.txt beside each."
     reasons = "; ".join(f"{problem.track}: {problem.reason}" for problem in problems if problem.skipped)
-    return f"none of the {total} audio files in {source} is usable: {reasons[:2000]}"
+    if total:
+        return f"none of the {total} audio files in {source} is usable: {reasons[:2000]}"
+    suffixes = ", ".join(sorted(suffix.lstrip(".") for suffix in AUDIO_SUFFIXES))
+    unread = f" ({reasons[:2000]})" if reasons else ""
+    return f"{source} has no audio files{unread} ({suffixes}); put your tracks there, with a .tags.txt beside each."
 
 
 def find_audio_files(folder: Path) -> list[Path]:
-    """Audio files under `folder`, sorted by their path as text; hidden files and folders are left out.
-
-    Links to folders are followed, each folder being read once.
-
-    Raises:
-        UsageError: a folder can't be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise UsageError(f"the folder {error.filename} can't be read ({error.strerror}).") from error
-
-    known = AUDIO_SUFFIXES | UNSUPPORTED_SUFFIXES
-    found, seen = [], set()
-    for directory, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        real = os.path.realpath(directory)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(directory, name) for name in names if not name.startswith(".")]
-    return sorted((path for path in found if path.suffix.lower() in known), key=lambda path: path.as_posix())
+    """Audio files under `folder`, sorted by their path as text, as `list_folder` finds them."""
+    return list_folder(folder).files
 
 
-def _folder_record(folder: Path, file: Path, table: dict[str, dict]) -> dict:
-    record, warnings = read_sidecars(file)
-    name = file.relative_to(folder).as_posix()
-    return {**table.get(name, {}), **record, "id": name, "audio": file, "warnings": warnings}
+def _folder_records(folder: Path) -> tuple[int, Callable[[int], dict], list[Problem]]:
+    """The number of audio files, a function that reads one's text, and what is wrong with the folder around them."""
+    listing = list_folder(folder)
+    names = [listing.relative(file) for file in listing.files]
+    table, warnings, used = read_tables(folder, listing.top_names, dataset_json_names(listing), names)
+    warnings += describe_unmatched([name for name in listing.unmatched if name not in used])
+    problems = [Problem(name, reason, skipped=True) for name, reason in listing.unreadable]
+    problems += [Problem(name, warning, skipped=False) for name, warning in sorted(warnings)]
+    return len(names), lambda index: _folder_record(listing, listing.files[index], table), problems
 
 
-def _disk_records(directory: Path) -> tuple[int, Callable[[int], dict]]:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        dataset = load_from_disk(str(directory))
-    except Exception as error:  # datasets raises many types for a damaged directory
-        raise UsageError(
-            f"--train_data_dir {directory} is a damaged dataset ({_cause(error)}); build it again."
-        ) from error
-    if isinstance(dataset, DatasetDict):
-        if "train" not in dataset:
-            raise UsageError(f"--train_data_dir {directory} has no split 'train' (it has {', '.join(dataset)}).")
-        dataset = dataset["train"]
-    return _dataset_records(dataset, str(directory))
+def _folder_record(listing: FolderListing, file: Path, table: dict[str, dict]) -> dict:
+    record, warnings = read_sidecars(file.parent, listing.sidecars[file])
+    name = listing.relative(file)
+    fill_missing(record, table.get(name, {}))
+    return record | {"id": name, "audio": file, "warnings": warnings, "ask_file": True}
 
 
-def _hub_records(name: str) -> tuple[int, Callable[[int], dict]]:
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(name, split="train")
-    except Exception as error:  # datasets raises many types for a missing or unreachable dataset
-        raise UsageError(f"--dataset_name {name} can't be loaded: {_cause(error)}") from error
-    return _dataset_records(dataset, name)
-
-
-def _cause(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _dataset_records(dataset, source: str) -> tuple[int, Callable[[int], dict]]:
-    """The number of rows, and a function that reads one."""
-    from datasets import Audio
-
-    if "audio" not in dataset.column_names:
-        raise UsageError(f"the dataset {source} has no column 'audio' (it has {', '.join(dataset.column_names)}).")
-    try:
-        dataset = dataset.cast_column("audio", Audio(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UsageError(f"the column 'audio' of the dataset {source} holds no audio ({_cause(error)}).") from error
-
-    def read_record(index: int) -> dict:
-        try:
-            row = dataset[index]
-        except Exception as error:  # pyarrow raises many types for a damaged file
-            raise UsageError(f"row {index} of the dataset {source} can't be read ({_cause(error)}).") from error
-        audio = row["audio"] or {"bytes": b"", "path": None}
-        path = audio.get("path")
-        warnings: list[str] = []
-        return {
-            **text_fields(row, warnings),
-            "id": row.get("id") or path or str(index),
-            "audio": Path(path) if path and audio.get("bytes") is None else EmbeddedAudio(dataset, index),
-            "warnings": warnings,
-        }
-
-    return len(dataset), read_record
-
-
-def _to_track(record: dict, min_duration_s: float) -> tuple[Track | None, list[Problem]]:
-    """Probe the audio and normalise the text of one record."""
-    name = record["id"]
-    problems = [Problem(name, warning, skipped=False) for warning in record["warnings"]]
+def _examine(record: dict) -> _Examined:
+    """Probe and hash the audio of a record, and ask the tags inside it for what is still missing."""
     try:
         source = _source(record["audio"])
         info = probe_audio(source)
         digest = _sha256(source)
     except (AudioError, OSError) as error:
-        return None, [*problems, Problem(name, str(error), skipped=True)]
+        return _Examined(record, refusal=str(error))
+    if record["ask_file"]:
+        tags, warnings = read_file_tags(source)
+        record["warnings"] += warnings
+        fill_missing(record, tags)
+    return _Examined(record, info, digest)
+
+
+def _to_track(examined: _Examined, name: str, min_duration_s: float) -> tuple[Track | None, list[Problem]]:
+    """Normalise the text of a record whose audio can be used."""
+    record, info = examined.record, examined.info
+    problems = [Problem(name, warning, skipped=False) for warning in record["warnings"]]
+    if info is None:
+        return None, [*problems, Problem(name, examined.refusal, skipped=True)]
     if info.duration_s < min_duration_s:
-        reason = f"it is {info.duration_s:.1f} s long, shorter than --min_duration_s {min_duration_s:g}"
+        reason = f"it is {info.duration_s:.1f} s long, shorter than the {min_duration_s:g} s asked for"
         return None, [*problems, Problem(name, reason, skipped=True)]
     text, warnings = normalise_text(record)
-    problems += [Problem(name, warning, skipped=False) for warning in warnings]
+    rights, more = normalise_rights(record)
+    problems += [Problem(name, warning, skipped=False) for warning in warnings + more]
     track = Track(
         id=name,
         audio=record["audio"],
         **text,
+        rights=Rights(**rights),
         duration_s=info.duration_s,
         sample_rate=info.sample_rate,
         channels=info.channels,
-        sha256=digest,
+        sha256=examined.sha256,
     )
     return track, problems
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ..conditioning import PromptFields
 from ..model_card import plot_loss, write_model_card
 from ..paths import LORA_WEIGHTS_NAME
 from ..pipeline import ACEStepPipeline
+from ..prompt_fields import PromptFields
 from ..version import __version__
 from .run_directory import CARD_NAME, PLOT_NAME, SAMPLES_DIR
 from .tracking import METRICS_NAME, read_metrics

@@ -1,6 +1,7 @@
 """What stands before the loop: the accelerator, the tracks, the caches, and a DiT with an adapter and nothing else."""
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,7 +90,8 @@ def prepare_inputs(
         The others are the script's flags.
 
     Raises:
-        UsageError: no track is usable, one has to be skipped under `strict`, or model or targets are wrong.
+        UsageError: no track is usable, one has to be skipped under `strict`, a sampling weight can't be used, or model
+            or targets are wrong.
     """
     tracks, problems = load_tracks(
         train_data_dir,
@@ -100,6 +102,7 @@ def prepare_inputs(
         show_progress=accelerator.is_main_process,
     )
     report_problems(problems, strict=strict, say=accelerator.print)
+    check_weights(tracks)
     device, weight_dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
     pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype, vae_dtype=torch.float32)
     facts = {
@@ -155,6 +158,31 @@ def cache_tracks(
         reasons = "; ".join(f"{problem.track}: {problem.reason}" for problem in problems if problem.skipped)
         raise UsageError(f"no track can be trained on: {reasons[:2000]}")
     return [by_id[track.id] for track in tracks if track.id in by_id]
+
+
+def check_weights(tracks: list[Track]) -> None:
+    """Refuse sampling weights by which nothing can be drawn.
+
+    Raises:
+        UsageError: a weight is not a finite number above 0.
+    """
+    for track in tracks:
+        if not (math.isfinite(track.sampling_weight) and track.sampling_weight > 0):
+            raise UsageError(
+                f"the sampling weight of {track.id} is {track.sampling_weight}, and has to be a finite number above "
+                "0; correct it, or build the dataset again."
+            )
+
+
+def describe_tracks(tracks: list[CachedTrack], frames_per_second: float) -> str:
+    """How many tracks and windows there are, how long, and how often each is heard, for a person."""
+    longest_s = max(track.crop_frames for track in tracks) / frames_per_second
+    described = f"{len(tracks)} tracks, {sum(len(track.windows) for track in tracks)} windows of up to {longest_s:g} s"
+    mean = sum(track.weight for track in tracks) / len(tracks)
+    rarest, commonest = (which(track.weight for track in tracks) / mean for which in (min, max))
+    if rarest != commonest:
+        described += f", each track heard {rarest:.2g} to {commonest:.2g} times an epoch"
+    return described
 
 
 def report_problems(problems: list[Problem], *, strict: bool, say: Callable[[str], None]) -> None:

@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from ..conditioning import PromptFields
 from ..generation import SamplingSettings, write_comparison
 from ..pipeline import ACEStepPipeline
 from ..progress import progress_bar
+from ..prompt_fields import PromptFields
 
 
 def choose_prompts(

@@ -1,0 +1,100 @@
+"""Reading the rows of a `datasets` directory or a Hub dataset as raw records of tracks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UsageError
+from .fields import FIELD_NAMES, canonical_name, text_fields
+
+# Columns that describe the music; a dataset without any of them is asked for the tags inside its files.
+_DESCRIPTIVE = {name for field in ("tags", "lyrics", "genre", "bpm", "keyscale") for name in FIELD_NAMES[field]}
+
+# The number of records, and a function that reads one.
+Records = tuple[int, Callable[[int], dict]]
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedAudio:
+    """The encoded file in one row of a `datasets.Dataset`."""
+
+    dataset: object
+    index: int
+
+    def read(self) -> bytes:
+        """The bytes of the file; none where the row has none."""
+        row = self.dataset[self.index]["audio"] or {}
+        return row.get("bytes") or b""
+
+
+def disk_records(directory: Path) -> Records:
+    """The rows of a directory that `Dataset.save_to_disk` wrote. Raises `UsageError` where it is damaged."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(directory))
+    except Exception as error:  # datasets raises many types for a damaged directory
+        raise UsageError(
+            f"--train_data_dir {directory} is a damaged dataset ({_cause(error)}); build it again."
+        ) from error
+    if isinstance(dataset, DatasetDict):
+        if "train" not in dataset:
+            raise UsageError(f"--train_data_dir {directory} has no split 'train' (it has {', '.join(dataset)}).")
+        dataset = dataset["train"]
+    return _dataset_records(dataset, str(directory))
+
+
+def hub_records(name: str) -> Records:
+    """The rows of anything `datasets.load_dataset` takes, split `train`. Raises `UsageError` where it can't be had."""
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, split="train")
+    except Exception as error:  # datasets raises many types for a missing or unreachable dataset
+        raise UsageError(f"--dataset_name {name} can't be loaded: {_cause(error)}") from error
+    return _dataset_records(dataset, name)
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _dataset_records(dataset, source: str) -> Records:
+    from datasets import Audio, ClassLabel
+
+    if "audio" not in dataset.column_names:
+        raise UsageError(f"the dataset {source} has no column 'audio' (it has {', '.join(dataset.column_names)}).")
+    try:
+        dataset = dataset.cast_column("audio", Audio(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UsageError(f"the column 'audio' of the dataset {source} holds no audio ({_cause(error)}).") from error
+    classes = {name: feature for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
+    described = any(canonical_name(name) in _DESCRIPTIVE for name in dataset.column_names)
+
+    def read_record(index: int) -> dict:
+        try:
+            row = dataset[index]
+        except Exception as error:  # pyarrow raises many types for a damaged file
+            raise UsageError(f"row {index} of the dataset {source} can't be read ({_cause(error)}).") from error
+        audio = row["audio"] or {"bytes": b"", "path": None}
+        path = audio.get("path")
+        warnings: list[str] = []
+        return {
+            **text_fields(_name_classes(row, classes), warnings),
+            "id": row.get("id") or path or str(index),
+            "audio": Path(path) if path and audio.get("bytes") is None else EmbeddedAudio(dataset, index),
+            "warnings": warnings,
+            "ask_file": not described,
+        }
+
+    return len(dataset), read_record
+
+
+def _name_classes(row: dict, classes: dict) -> dict:
+    """Numbers of classes as their names; a class `label` of music is its genre, not its publisher."""
+    row = dict(row)
+    for name, feature in classes.items():
+        value = row.pop(name)
+        if value is not None and 0 <= value < feature.num_classes:
+            row["genre" if name == "label" and not row.get("genre") else name] = feature.int2str(value)
+    return row
