@@ -36,7 +36,7 @@ def check(args: argparse.Namespace) -> dict[str, str]:
     return sources
 
 
-def squared_error(model, batch: dict, silence_latent, null_condition_emb):
+def squared_error(model, batch: dict, condition_mask, silence_latent, null_condition_emb):
     """One forward pass: mix noise in, predict the velocity, and sum the squared errors of every element.
 
     The precision is that of `null_condition_emb`, which is the frozen model's.
@@ -50,6 +50,7 @@ def squared_error(model, batch: dict, silence_latent, null_condition_emb):
     noisy_latents = interpolate(batch["latents"], batch["noise"], sigmas.float())
     context = context_latents(silence_latent, noisy_latents.shape[1]).expand(len(noisy_latents), -1, -1)
     conditions = drop_conditions(batch["encoder_hidden_states"].to(dtype), null_condition_emb, batch["dropped"])
+    condition_mask.set(batch.get("condition_mask"))
     velocity = model(
         hidden_states=noisy_latents.to(dtype),
         timestep=sigmas,
@@ -219,7 +220,9 @@ def train(args: argparse.Namespace) -> None:
                 torch.manual_seed(batching.keyed_seed(args.seed, "dropout", done, step, rank))
                 last = step == len(update[rank]) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    error = squared_error(model, batch, inputs.silence_latent, inputs.null_condition_emb)
+                    error = squared_error(
+                        model, batch, inputs.condition_mask, inputs.silence_latent, inputs.null_condition_emb
+                    )
                     loss = micro.weight * error / elements
                     accelerator.backward(loss * num_processes)  # DDP takes the mean over processes
                 update_loss += loss.detach()

@@ -208,8 +208,8 @@ def _cache(args: argparse.Namespace) -> int:
 
 
 def _dataset_build(args: argparse.Namespace) -> int:
-    from .data.build_report import BuildOptions, describe_build
-    from .data.ingest import build_dataset
+    from .data.building.build_report import BuildOptions, describe_build
+    from .data.building.ingest import build_dataset
 
     if args.num_workers is not None and args.num_workers < 1:
         raise UsageError(f"--num-workers must be at least 1, not {args.num_workers}.")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data.text_files import one_line
+from .data.text.text_files import one_line
 from .errors import RunError, UsageError
 from .paths import without_secrets
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from .data.engines import map_in_order
-from .data.text_files import one_line
+from .data.text.text_files import one_line
+from .engines import map_in_order
 from .errors import UsageError
 from .files import write_text
 from .paths import cache_dir, free_space_bytes, probe_writable

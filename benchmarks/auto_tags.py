@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from acestep_pipeline.data.audio import AUDIO_SUFFIXES, probe_audio, read_audio, stream_audio
-from acestep_pipeline.data.auto_tags import (
+from acestep_pipeline.data.building.auto_tags import (
     BPM_THRESHOLD,
     KEY_THRESHOLD,
     NOTES,

@@ -69,7 +69,7 @@ def time_build(data_dir: Path, *, num_workers: int) -> float:
     import scipy.fft
     import scipy.signal  # noqa: F401
 
-    from acestep_pipeline.data.ingest import build_dataset
+    from acestep_pipeline.data.building.ingest import build_dataset
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ACESTEP_CACHE_DIR"] = os.path.join(folder, "cache")
@@ -113,7 +113,7 @@ def measure_hour(_: Path) -> float:
             for _ in range(60):
                 sound.write(minute)
         (music / "hour.tags.txt").write_text("noise, white, long, loud, steady")
-        from acestep_pipeline.data.ingest import build_dataset
+        from acestep_pipeline.data.building.ingest import build_dataset
 
         build_dataset([music], Path(folder) / "out", validate_audio=True, num_workers=1, show_progress=False)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -64,12 +64,16 @@ def link_subset(source: Path, output: Path, per_genre: int) -> dict[str, int]:
     return {name: len(files) for name, files in chosen.items()}
 
 
-def main(input_args: list[str] | None = None) -> None:
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a folder with one folder for each genre")
     parser.add_argument("output", type=Path, help="a new folder")
     parser.add_argument("--per-genre", type=int, default=9, help="clips of each genre (default: 9)")
-    args = parser.parse_args(input_args)
+    return parser.parse_args(input_args)
+
+
+def main(input_args: list[str] | None = None) -> None:
+    args = parse_args(input_args)
     with one_sentence_errors():
         counts = link_subset(args.source, args.output, args.per_genre)
     print(f"Linked {sum(counts.values())} clips of {len(counts)} genres in {args.output}. Next:")

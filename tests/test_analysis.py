@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from acestep_pipeline.data.analysis import ENVELOPE_POINTS, Measurements, analyse, judge, measure
 from acestep_pipeline.data.audio import SAMPLE_RATE, read_audio
+from acestep_pipeline.data.building.analysis import ENVELOPE_POINTS, Measurements, analyse, judge, measure
 
 
 def noise(seconds: float = 12.0, level: float = 0.1, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acestep_pipeline.data.auto_tags import (
+from acestep_pipeline.data.building.auto_tags import (
     ANALYSIS_RATE,
     BPM_THRESHOLD,
     KEY_THRESHOLD,
@@ -19,7 +19,7 @@ from acestep_pipeline.data.auto_tags import (
     estimate_tags,
     fill_missing,
 )
-from acestep_pipeline.data.captioners import apply_captioner, load_captioner
+from acestep_pipeline.data.building.captioners import apply_captioner, load_captioner
 from acestep_pipeline.data.tracks import Track
 from acestep_pipeline.errors import RunError, UsageError
 

@@ -96,7 +96,7 @@ def test_an_empty_folder(tmp_path, refused):
 
 def test_a_missing_folder(tmp_path, refused):
     error = refused(tmp_path / "musik")
-    assert error == f"error: --train_data_dir {tmp_path / 'musik'} is not a folder; name one that holds audio."
+    assert error == f"error: {tmp_path / 'musik'} is not a folder; name one that holds audio."
 
 
 def test_nothing_but_unreadable_files(tmp_path, refused):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from datasets import Audio, DatasetDict, load_from_disk
 
-from acestep_pipeline.data import dataset_files
-from acestep_pipeline.data.dataset_files import COLUMNS, TrackChanged, columns_of, write_splits
+from acestep_pipeline.data.building import dataset_files
+from acestep_pipeline.data.building.dataset_files import COLUMNS, TrackChanged, columns_of, write_splits
 from acestep_pipeline.data.tracks import Rights, Track, dataset_fingerprint, load_tracks
 
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from acestep_pipeline.data.audio import AudioError, probe_audio
-from acestep_pipeline.data.engines import LOOK_AHEAD, map_in_order
+from acestep_pipeline.engines import LOOK_AHEAD, map_in_order
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.paths import cache_dir
 

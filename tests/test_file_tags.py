@@ -10,7 +10,7 @@ from datasets import Audio, Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acestep_pipeline.data.file_tags import read_file_tags
+from acestep_pipeline.data.text.file_tags import read_file_tags
 from acestep_pipeline.data.tracks import Rights, load_tracks
 
 NOISE = np.random.default_rng(0).normal(0, 0.05, 24_000)

@@ -6,8 +6,8 @@ import soundfile
 import soxr
 
 from acestep_pipeline.data.audio import AUDIO_SUFFIXES, SAMPLE_RATE, read_audio
+from acestep_pipeline.data.building.fingerprint import WORDS_PER_S, decode, encode, find_near_duplicates, fingerprint
 from acestep_pipeline.data.demo_music import render_demo_dataset
-from acestep_pipeline.data.fingerprint import WORDS_PER_S, decode, encode, find_near_duplicates, fingerprint
 
 
 @pytest.fixture(scope="module")

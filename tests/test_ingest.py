@@ -12,11 +12,11 @@ import pytest
 import soundfile
 from datasets import load_from_disk
 
-from acestep_pipeline.data.analysis import judge, measure
 from acestep_pipeline.data.audio import SAMPLE_RATE, read_audio, write_audio
-from acestep_pipeline.data.build_report import BuildOptions
-from acestep_pipeline.data.dataset_files import COLUMNS, columns_of
-from acestep_pipeline.data.ingest import build_dataset
+from acestep_pipeline.data.building.analysis import judge, measure
+from acestep_pipeline.data.building.build_report import BuildOptions
+from acestep_pipeline.data.building.dataset_files import COLUMNS, columns_of
+from acestep_pipeline.data.building.ingest import build_dataset
 from acestep_pipeline.data.tracks import dataset_fingerprint, load_tracks
 from acestep_pipeline.errors import UsageError
 from tests.training_runs import metrics, train_here

@@ -14,10 +14,10 @@ import pytest
 import soundfile
 from datasets import load_from_disk
 
-from acestep_pipeline.data import ingest
 from acestep_pipeline.data.audio import SAMPLE_RATE
-from acestep_pipeline.data.build_report import BuildOptions
-from acestep_pipeline.data.ingest import build_dataset
+from acestep_pipeline.data.building import ingest
+from acestep_pipeline.data.building.build_report import BuildOptions
+from acestep_pipeline.data.building.ingest import build_dataset
 from acestep_pipeline.errors import UsageError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "build_multi_style_dataset.py"

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acestep_pipeline.data.latent_cache import plan_windows
-from acestep_pipeline.data.lyrics import LONGEST_LINE_S, cut_to_window, is_timed, lines_beyond
+from acestep_pipeline.data.text.lyrics import LONGEST_LINE_S, cut_to_window, is_timed, lines_beyond
 
 SONG = """\ufeff[ar:Die Funkhäuser]
 [ti: Nachts]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -47,6 +48,8 @@ def test_every_command_is_one_that_exists():
             assert arguments.parse_args(words[3:]).preset in preset_names()
         elif words[:2] == ["python", "scripts/build_multi_style_dataset.py"]:
             cli.build_parser().parse_args(["dataset", "build", *words[2:]])
+        elif words[0] == "python":
+            runpy.run_path(str(ROOT / words[1]))["parse_args"](words[2:])
         elif words[0] == "acestep-lora":
             cli.build_parser().parse_args(words[1:])
         else:

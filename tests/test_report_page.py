@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from acestep_pipeline.data.report_card import escape_markdown, hub_license, render_card
-from acestep_pipeline.data.report_page import WAVEFORM_ALPHABET, render_report
+from acestep_pipeline.data.building.report_card import escape_markdown, hub_license, render_card
+from acestep_pipeline.data.building.report_page import WAVEFORM_ALPHABET, render_report
 
 VOID = {"meta", "link", "input", "br", "hr", "img", "source"}
 HOSTILE = [

@@ -10,10 +10,10 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acestep_pipeline.data.fields import text_fields
-from acestep_pipeline.data.languages import detect_language, normalise_language
-from acestep_pipeline.data.musical_terms import bpm_in_tag, keyscale_in_tag, parse_keyscale, timesignature_in_tag
-from acestep_pipeline.data.normalisation import (
+from acestep_pipeline.data.text.fields import text_fields
+from acestep_pipeline.data.text.languages import detect_language, normalise_language
+from acestep_pipeline.data.text.musical_terms import bpm_in_tag, keyscale_in_tag, parse_keyscale, timesignature_in_tag
+from acestep_pipeline.data.text.normalisation import (
     RIGHTS_FIELDS,
     TEXT_FIELDS,
     normalise_lyrics,
@@ -21,9 +21,9 @@ from acestep_pipeline.data.normalisation import (
     normalise_tags,
     normalise_text,
 )
-from acestep_pipeline.data.sidecars import match_sidecars, read_sidecars
-from acestep_pipeline.data.tables import read_tables
-from acestep_pipeline.data.text_files import TextError, decode_text
+from acestep_pipeline.data.text.sidecars import match_sidecars, read_sidecars
+from acestep_pipeline.data.text.tables import read_tables
+from acestep_pipeline.data.text.text_files import TextError, decode_text
 from acestep_pipeline.data.tracks import Rights, load_tracks
 
 CHORUS = "[chorus]\nWe walked along the river in the evening light\nand never came back home again"

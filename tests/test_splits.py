@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from acestep_pipeline.data.splits import choose_holdout, sampling_weights
+from acestep_pipeline.data.building.splits import choose_holdout, sampling_weights
 
 GENRES = ["rock"] * 80 + ["jazz"] * 8
 

@@ -166,11 +166,16 @@ def test_the_summary_puts_skipped_tracks_first_and_ends_somewhere():
     assert len(lines) == 41 and lines[-1] == "  … and 60 more"
 
 
-@pytest.mark.parametrize("source", ["s3://bucket/music", "nowhere", "song.wav"])
+@pytest.mark.parametrize("source", ["nowhere", "song.wav"])
 def test_what_is_no_folder_is_refused(song, source):
-    source = source if "://" in source else str(song.parent / source)
-    with pytest.raises(UsageError, match="--train_data_dir .*(is not a folder|copy it to a folder first)"):
-        read(source)
+    with pytest.raises(UsageError, match=f"{source} is not a folder; name one that holds audio"):
+        read(song.parent / source)
+
+
+def test_a_folder_on_s3_is_read_from_its_copy(song, s3_folder):
+    s3_folder.put({"a/song.wav": song.read_bytes(), "a/song.tags.txt": b"far, away"})
+    tracks, problems = read(s3_folder.url)
+    assert [(track.id, track.tags) for track in tracks] == [("a/song.wav", "far, away")] and not problems
 
 
 # --- Datasets

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from acestep_pipeline.data import batching
 from acestep_pipeline.data.latent_cache import fingerprint
-from acestep_pipeline.errors import UsageError
 from acestep_pipeline.training import setup
 from tests.training_runs import ROOT, metrics, start, train_here
 
@@ -209,13 +208,6 @@ def test_a_song_with_timed_lyrics_is_told_what_is_sung_in_each_window(demo_dir, 
     for visits in (told[:2], told[2:4], told[4:]):
         assert {fields.lyrics for fields in visits} == {"[Verse]\neins", "[Chorus]\nzwei"}
     assert {fields.audio_duration for fields in told} == {2.0}
-
-
-def test_a_sampling_weight_by_which_nothing_can_be_drawn_is_refused(demo_dir):
-    (track, *_), _ = setup.load_tracks(demo_dir, max_train_samples=1, show_progress=False)
-    for weight in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match=f"sampling weight of {track.id} is {weight}, and has to be"):
-            setup.check_weights([track, replace(track, sampling_weight=weight)])
 
 
 def test_checkpoints_are_pruned_and_hold_an_adapter(demo_dir, tmp_path):

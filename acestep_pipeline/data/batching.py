@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
+from ..condition_mask import pad_conditions
 from ..flow_matching import sample_timesteps
 from .latent_cache import CachedTrack, load_condition, load_latents
 
@@ -105,7 +106,7 @@ class EpochPlanner:
     """The micro-batches of any epoch, for every process.
 
     The visits of an epoch are cut into updates of `micro_batch_size * accumulation * num_processes` items; the last
-    may hold fewer. Within an update, items of equal shape share micro-batches; none ever needs padding.
+    may hold fewer. Within an update, items of equal latent length share micro-batches: latents are never padded.
     """
 
     def __init__(
@@ -122,9 +123,7 @@ class EpochPlanner:
         self.items_per_update = micro_batch_size * accumulation * num_processes
         self.updates_per_epoch = -(-len(tracks) // self.items_per_update)
         self.visits = Visits([len(track.windows) for track in tracks], [track.weight for track in tracks], seed=seed)
-        self.shapes = [
-            [(track.crop_frames, window.num_condition_tokens) for window in track.windows] for track in tracks
-        ]
+        self.crop_frames = [track.crop_frames for track in tracks]
 
     def plan(self, epoch: int) -> list[list[list[MicroBatch]]]:
         """`[update][process] -> micro-batches`; each process has the same number of micro-batches in an update."""
@@ -142,11 +141,11 @@ class EpochPlanner:
         return plan
 
     def _micro_batches(self, items: list[Item], update: int) -> list[MicroBatch]:
-        by_shape = defaultdict(list)
+        by_length = defaultdict(list)
         for slot, item in enumerate(items):
-            by_shape[self.shapes[item.track][item.window]].append((item, slot))
+            by_length[self.crop_frames[item.track]].append((item, slot))
         batches = []
-        for group in by_shape.values():
+        for group in by_length.values():
             for start in range(0, len(group), self.micro_batch_size):
                 chunk = group[start : start + self.micro_batch_size]
                 batches.append(MicroBatch(update, tuple(item for item, _ in chunk), tuple(slot for _, slot in chunk)))
@@ -180,14 +179,17 @@ class MicroBatchDataset(Dataset):
 
         Returns:
             `latents` and `noise` `[batch, frames, channels]`, `sigmas` `[batch]`, `encoder_hidden_states`
-            `[batch, tokens, dim]`, `dropped` bool `[batch]` (condition replaced by the null embedding).
+            `[batch, tokens, dim]`, `dropped` bool `[batch]` (condition replaced by the null embedding); and, where
+            the conditions differ in length, `condition_mask` bool `[batch, tokens]` (see `ConditionMask`).
         """
         batch = self.micro_batches[index]
         draws = [
             self._draw(item, keyed_generator(self.settings.seed, "update", batch.update, slot))
             for item, slot in zip(batch.items, batch.slots, strict=True)
         ]
-        return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        conditions, mask = pad_conditions([draw.pop("encoder_hidden_states") for draw in draws])
+        tensors = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        return tensors | {"encoder_hidden_states": conditions} | ({} if mask is None else {"condition_mask": mask})
 
     def _draw(self, item: Item, generator: torch.Generator) -> dict[str, torch.Tensor]:
         track = self.tracks[item.track]

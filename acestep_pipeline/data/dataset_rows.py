@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
-from .fields import FIELD_NAMES, canonical_name, text_fields
+from .text.fields import FIELD_NAMES, canonical_name, text_fields
 
 # Columns that describe the music; a dataset without any of them is asked for the tags inside its files.
 _DESCRIPTIVE = {name for field in ("tags", "lyrics", "genre", "bpm", "keyscale") for name in FIELD_NAMES[field]}

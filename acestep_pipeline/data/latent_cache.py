@@ -18,7 +18,7 @@ from ..errors import RunError, UsageError
 from ..files import write_tensors
 from ..progress import progress_bar
 from .audio import AudioError, read_audio
-from .lyrics import cut_to_window, lines_beyond
+from .text.lyrics import cut_to_window, lines_beyond
 from .tracks import Problem, Track
 
 # Raise when the meaning of a cached tensor changes.

@@ -11,19 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..engines import map_in_order
 from ..errors import UsageError
 from ..progress import progress_bar
 from ..storage import local_copy
 from .audio import AUDIO_SUFFIXES, AudioError, AudioInfo, probe_audio
 from .dataset_rows import EmbeddedAudio, disk_records, hub_records
-from .engines import map_in_order
-from .fields import fill_missing
-from .file_tags import read_file_tags
-from .folder_listing import FolderListing, dataset_json_names, describe_unmatched, list_folder
-from .normalisation import normalise_rights, normalise_tags, normalise_text
-from .sidecars import read_sidecars
-from .tables import read_tables
-from .text_files import one_line
+from .text.fields import fill_missing
+from .text.file_tags import read_file_tags
+from .text.folder_listing import FolderListing, dataset_json_names, describe_unmatched, list_folder
+from .text.normalisation import normalise_rights, normalise_tags, normalise_text
+from .text.sidecars import read_sidecars
+from .text.tables import read_tables
+from .text.text_files import one_line
 
 # Hashing and probing wait for the disk and release the interpreter's lock.
 _MAX_READERS = 4
@@ -130,7 +130,7 @@ def load_tracks(
     if dataset_name is not None:
         total, read_record = hub_records(dataset_name)
     elif not source.is_dir():
-        raise UsageError(f"--train_data_dir {source} is not a folder; name one that holds audio.")
+        raise UsageError(f"{source} is not a folder; name one that holds audio.")
     elif (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
         total, read_record = disk_records(source)
     else:

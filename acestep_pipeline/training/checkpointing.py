@@ -1,6 +1,6 @@
 """Checkpoints: everything resume needs, in safetensors and JSON, complete once it has its final name.
 
-No random state is saved: order, noise, timesteps, crops and dropout are keyed by (seed, update), see `data.batching`.
+No random state is saved: order, noise, timesteps, windows and dropout are keyed by (seed, update) (`data.batching`).
 """
 
 import json

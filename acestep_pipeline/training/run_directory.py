@@ -34,7 +34,10 @@ def check_run_directory(output_dir: Path, *, resuming: bool, overwrite: bool) ->
         raise UsageError(f"--output_dir {output_dir} can't be written ({error.strerror}); choose another.") from error
     if overwrite or not output_dir.is_dir():
         return
-    holds_run = bool(_run_folders(output_dir)) or any(file.exists() for file in _run_files(output_dir))
+    try:
+        holds_run = bool(_run_folders(output_dir)) or any(file.exists() for file in _run_files(output_dir))
+    except FileNotFoundError:
+        return  # it was the trace of the first process's try
     if holds_run and not resuming:
         raise UsageError(
             f"--output_dir {output_dir} already holds a run; continue it with --resume_from_checkpoint latest, "

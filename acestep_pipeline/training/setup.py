@@ -1,7 +1,6 @@
 """What stands before the loop: the accelerator, the tracks, the caches, and a DiT with an adapter and nothing else."""
 
 import gc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +11,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env
 
 from ..adapters import LoraSettings, add_lora, describe
+from ..condition_mask import ConditionMask
 from ..data.latent_cache import CachedTrack, LatentCache, fingerprint, prepare_tracks
 from ..data.tracks import Problem, Track, dataset_fingerprint, describe_problems, load_tracks
 from ..errors import UsageError
@@ -27,11 +27,13 @@ WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.floa
 class TrainingInputs:
     """All that is in memory while the DiT trains.
 
-    `silence_latent` is `[1, frames, channels]` float32, `null_condition_emb` `[1, 1, dim]`, both on the device;
-    `facts` are hashes and settings that name the run.
+    `condition_mask` is told before each forward pass which condition tokens are padding; `silence_latent` is
+    `[1, frames, channels]` float32, `null_condition_emb` `[1, 1, dim]`, both on the device; `facts` are hashes and
+    settings that name the run.
     """
 
     transformer: torch.nn.Module
+    condition_mask: ConditionMask
     lora_parameters: list[torch.nn.Parameter]
     silence_latent: torch.Tensor
     null_condition_emb: torch.Tensor
@@ -90,8 +92,7 @@ def prepare_inputs(
         The others are the script's flags.
 
     Raises:
-        UsageError: no track is usable, one has to be skipped under `strict`, a sampling weight can't be used, or model
-            or targets are wrong.
+        UsageError: no track is usable, one has to be skipped under `strict`, or model or targets are wrong.
     """
     tracks, problems = load_tracks(
         train_data_dir,
@@ -102,7 +103,6 @@ def prepare_inputs(
         show_progress=accelerator.is_main_process,
     )
     report_problems(problems, strict=strict, say=accelerator.print)
-    check_weights(tracks)
     device, weight_dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
     pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype, vae_dtype=torch.float32)
     facts = {
@@ -119,6 +119,7 @@ def prepare_inputs(
         pipeline.transformer.enable_gradient_checkpointing()
     inputs = TrainingInputs(
         transformer=pipeline.transformer.train(),
+        condition_mask=ConditionMask(pipeline.transformer),
         lora_parameters=lora_parameters,
         silence_latent=pipeline.condition_encoder.silence_latent.to(device, torch.float32, copy=True),
         null_condition_emb=pipeline.condition_encoder.null_condition_emb.detach().to(device, weight_dtype, copy=True),
@@ -158,20 +159,6 @@ def cache_tracks(
         reasons = "; ".join(f"{problem.track}: {problem.reason}" for problem in problems if problem.skipped)
         raise UsageError(f"no track can be trained on: {reasons[:2000]}")
     return [by_id[track.id] for track in tracks if track.id in by_id]
-
-
-def check_weights(tracks: list[Track]) -> None:
-    """Refuse sampling weights by which nothing can be drawn.
-
-    Raises:
-        UsageError: a weight is not a finite number above 0.
-    """
-    for track in tracks:
-        if not (math.isfinite(track.sampling_weight) and track.sampling_weight > 0):
-            raise UsageError(
-                f"the sampling weight of {track.id} is {track.sampling_weight}, and has to be a finite number above "
-                "0; correct it, or build the dataset again."
-            )
 
 
 def describe_tracks(tracks: list[CachedTrack], frames_per_second: float) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UsageError
-from .musical_terms import BPM_RANGE
-from .tracks import Track
+from ...errors import UsageError
+from ..text.musical_terms import BPM_RANGE
+from ..tracks import Track
 
 # Raise when an estimate changes its meaning: results are kept by file hash and this.
 ESTIMATES_VERSION = 1

@@ -2,7 +2,7 @@
 
 import math
 
-from ..prompt_fields import INSTRUMENTAL
+from ...prompt_fields import INSTRUMENTAL
 
 # Names that a source may use for each text field, the first that has a value wins. They are ours, the official
 # ACE-Step trainer's (caption, keyscale, formatted_lyrics, …) and Side-Step's (key, signature, …); case does not

@@ -14,7 +14,7 @@ import pyarrow
 from datasets import Audio, DatasetInfo, Features, Value
 from datasets import List as ListOf
 
-from .tracks import Track
+from ..tracks import Track
 
 SHARD_BYTES = 500_000_000
 # Arrow's binary values have 32-bit offsets.

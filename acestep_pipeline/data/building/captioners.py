@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import RunError, UsageError
-from .musical_terms import parse_bpm, parse_keyscale, parse_timesignature
+from ...errors import RunError, UsageError
+from ..text.musical_terms import parse_bpm, parse_keyscale, parse_timesignature
 
 CAPTION_FIELDS = ("tags", "genre", "language", "lyrics", "bpm", "keyscale", "timesignature")
 Captioner = Callable[[np.ndarray, int, dict], str | dict]

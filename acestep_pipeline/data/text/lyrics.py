@@ -11,7 +11,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import takewhile
 
-from ..prompt_fields import INSTRUMENTAL
+from ...prompt_fields import INSTRUMENTAL
 
 # A line is sung until the next stamp, but not on through a solo: nobody sings one for longer than this.
 LONGEST_LINE_S = 10.0

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from .audio import SAMPLE_RATE
+from ..audio import SAMPLE_RATE
 from .fingerprint import Fingerprinter
 
 Severity = Literal["error", "warning", "note"]

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import UsageError
-from ..paths import without_secrets
-from ..prompt_fields import INSTRUMENTAL
-from ..storage import is_remote
-from ..version import __version__
+from ...errors import UsageError
+from ...paths import without_secrets
+from ...prompt_fields import INSTRUMENTAL
+from ...storage import is_remote
+from ...version import __version__
+from ..tracks import Track, dataset_fingerprint, describe_missing_tags
 from .analysis import Finding, Measurements
 from .auto_tags import require_librosa
 from .captioners import load_captioner
 from .dataset_files import columns_of
-from .tracks import Track, dataset_fingerprint, describe_missing_tags
 
 REPORT_NAME, PAGE_NAME, CARD_NAME = "report.json", "report.html", "dataset_card.md"
 RECOMMENDED_TAGS = (5, 10)

@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from .text_files import one_line
+from ..text.text_files import one_line
 
 TEMPLATES = Path(__file__).with_name("templates")
 NOT_STATED = "(not stated)"

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .audio import AUDIO_SUFFIXES, AV_SUFFIXES
+from ..audio import AUDIO_SUFFIXES, AV_SUFFIXES
 from .sidecars import Sidecars, is_other_text, match_sidecars
 from .text_files import fold, one_line
 

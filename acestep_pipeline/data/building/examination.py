@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_text
-from ..paths import cache_dir
-from ..progress import progress_bar
+from ...engines import map_in_order
+from ...files import write_text
+from ...paths import cache_dir
+from ...progress import progress_bar
+from ..audio import SAMPLE_RATE, AudioError, read_audio, stream_audio
+from ..tracks import Track, describe_missing_tags
 from .analysis import ANALYSIS_VERSION, Finding, Measurements, analyse
-from .audio import SAMPLE_RATE, AudioError, read_audio, stream_audio
 from .auto_tags import ESTIMATES_VERSION, AutoTags, Estimate, MiddleSection, estimate_tags, with_machine_made
 from .captioners import apply_captioner, load_captioner
-from .engines import map_in_order
 from .fingerprint import decode, encode
-from .tracks import Track, describe_missing_tags
 
 Refusal = str
 
@@ -98,7 +98,7 @@ def caption_tracks(tracks: list[Track], captioner: str, *, show_progress: bool) 
 
 
 def _is_known(track: Track, field: str) -> bool:
-    from ..prompt_fields import INSTRUMENTAL
+    from ...prompt_fields import INSTRUMENTAL
 
     return getattr(track, field) not in (None, "", "unknown", INSTRUMENTAL)
 

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
-from ..errors import UsageError
-from ..files import replacing_directory
-from ..paths import probe_writable
-from ..progress import progress_bar
-from ..storage import local_copy
+from ...errors import UsageError
+from ...files import replacing_directory
+from ...paths import probe_writable
+from ...progress import progress_bar
+from ...storage import local_copy
+from ..audio import AudioError
+from ..tracks import Track, load_tracks
 from .analysis import Finding, Measurements, judge
-from .audio import AudioError
 from .auto_tags import fill_missing
 from .build_report import CARD_NAME, PAGE_NAME, REPORT_NAME, BuildOptions, BuildReport, describe
 from .dataset_files import TrackChanged, write_splits
@@ -23,7 +24,6 @@ from .fingerprint import find_near_duplicates
 from .report_card import render_card
 from .report_page import render_report
 from .splits import choose_holdout, sampling_weights
-from .tracks import Track, load_tracks
 
 
 def build_dataset(

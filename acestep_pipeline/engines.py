@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
-from ..errors import RunError, UsageError
+from .errors import RunError, UsageError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import soxr
 
-from .audio import SAMPLE_RATE
+from ..audio import SAMPLE_RATE
 
 WORDS_PER_S = 8
 # Share of equal bits from which two tracks are the same recording, over an overlap of at least `MIN_OVERLAP`.

@@ -8,7 +8,7 @@ import math
 import re
 import unicodedata
 
-from ..prompt_fields import INSTRUMENTAL
+from ...prompt_fields import INSTRUMENTAL
 from .languages import UNKNOWN, detect_language, normalise_language
 from .musical_terms import (
     BPM_RANGE,
