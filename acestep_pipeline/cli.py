@@ -76,7 +76,7 @@ def _add_build_arguments(command: argparse.ArgumentParser) -> None:
         "what is filled in", "only where you left a field empty, and marked as machine-made"
     )
     g.add_argument(
-        "--genre-from-folder", action="store_true", help="a missing genre is the name of the track's folder"
+        "--genre-from-folder", action="store_true", help="a genre that no sidecar gives is the folder's name"
     )
     g.add_argument(
         "--auto-tag", action="store_true", help="estimate missing BPM and key; unsure ones stay empty [auto-tag]"

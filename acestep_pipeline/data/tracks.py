@@ -9,7 +9,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..engines import map_in_order
 from ..errors import UsageError
@@ -103,6 +103,7 @@ def load_tracks(
     min_duration_s: float = 0.0,
     max_train_samples: int | None = None,
     seed: int = 0,
+    genre_from_folder: bool = False,
     judge_tags: bool = True,
     show_progress: bool = True,
 ) -> tuple[list[Track], list[Problem]]:
@@ -115,6 +116,7 @@ def load_tracks(
         min_duration_s: shorter tracks are skipped.
         max_train_samples: only so many usable tracks, drawn from all of them by `seed`.
         seed: for `max_train_samples`.
+        genre_from_folder: a track whose genre no sidecar or table gives takes the name of its folder.
         judge_tags: name tracks that have no tags.
         show_progress: draw a progress bar.
 
@@ -140,7 +142,15 @@ def load_tracks(
     if max_train_samples is not None:
         random.Random(seed).shuffle(order)
     tracks, ids = {}, set()
-    examined = map_in_order(lambda index: _examine(read_record(index)), order, num_workers=num_readers)
+
+    def examine(index: int) -> _Examined:
+        record = read_record(index)
+        if genre_from_folder:
+            folder = PurePosixPath(str(record["id"])).parent.name or Path(source).absolute().name
+            fill_missing(record, {"genre": folder})
+        return _examine(record)
+
+    examined = map_in_order(examine, order, num_workers=num_readers)
     with progress_bar(total=total, desc="Reading tracks", unit="track", disable=not show_progress) as bar:
         for index in order:
             if max_train_samples is not None and len(tracks) >= max_train_samples:

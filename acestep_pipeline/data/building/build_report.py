@@ -27,7 +27,7 @@ class BuildOptions:
     """What a build does beyond reading and packing.
 
     `validate_audio`: decode every file completely, measure it, reject what is damaged or silent, name near-duplicates.
-    `genre_from_folder`: a track without a genre takes its parent folder's name.
+    `genre_from_folder`: a track whose genre no sidecar or table gives takes its folder's name.
     `min_duration_s`: shorter tracks are rejected.
     `auto_tag`: estimate missing BPM and key. `captioner`: "module:function" that describes tracks without tags.
     `balance`, `holdout`: as `splits` takes them. `link`: reference audio files instead of embedding them.

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import quote
 
 from ...errors import UsageError
@@ -124,14 +124,16 @@ def _read_folders(
             prefix = f"{folder.name} ({number})/" if number > 1 else f"{folder.name}/"
         try:
             found, problems = load_tracks(
-                folder, min_duration_s=options.min_duration_s, judge_tags=False, show_progress=show_progress
+                folder,
+                min_duration_s=options.min_duration_s,
+                genre_from_folder=options.genre_from_folder,
+                judge_tags=False,
+                show_progress=show_progress,
             )
         except UsageError as error:
             failures.append(str(error))
             continue
-        for track in found:
-            genre = track.genre or (_folder_name(prefix, track.id, folder) if options.genre_from_folder else "")
-            tracks.append(replace(track, id=prefix + track.id, genre=genre, tags=track.tags or genre))
+        tracks += [replace(track, id=prefix + track.id) for track in found]
         findings += [
             Finding(prefix + problem.track, "error" if problem.skipped else "warning", problem.reason)
             for problem in problems
@@ -139,11 +141,6 @@ def _read_folders(
     if failures:
         raise UsageError("; ".join(failures))
     return tracks, findings
-
-
-def _folder_name(prefix: str, track_id: str, folder: Path) -> str:
-    """The name of the folder that holds a track: below `folder`, or its own."""
-    return PurePosixPath(prefix + track_id).parent.name or folder.absolute().name
 
 
 def _reject_copies(tracks: list[Track]) -> tuple[list[Track], list[Finding]]:

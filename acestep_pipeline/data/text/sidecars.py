@@ -11,8 +11,8 @@ A track's text comes from four kinds of sources. Each field (tags, lyrics, bpm, 
    - everything: `song.json`, under our names, the official trainer's or Side-Step's (`fields.FIELD_NAMES`);
 2. a table in the data folder's top (`tables`): `metadata.jsonl`, `metadata.csv`, any other csv with a column that
    names files, the official trainer's dataset JSON under any name;
-3. the tags inside the audio file (`file_tags`);
-4. the folder's name as genre, where the dataset builder is told so.
+3. the folder's name as genre, where the dataset builder is told so;
+4. the tags inside the audio file (`file_tags`).
 
 An empty `.lyrics.txt` says that nobody sings; empty tags say nothing. What can't be read or used is left out with a
 warning, and the next source is asked.
