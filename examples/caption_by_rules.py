@@ -3,20 +3,19 @@
     acestep-lora dataset build --data-dir music --output-dir dataset --captioner examples.caption_by_rules:caption
 
 Rules hear neither instruments nor mood; use them to try the hook out. A model is plugged in the same way. In a file
-`my_captioner.py` of the current directory: with any model of the Hub (`--captioner my_captioner:caption`,
-the model is loaded once, at the first track of each process):
+`my_captioner.py` of the current directory, with any audio classifier of the Hub (`--captioner my_captioner:caption`):
 
-    import functools
+    import functools, soxr
 
-    @functools.cache
+    @functools.cache  # loaded once, at the first track
     def model():
         from transformers import pipeline
-        return pipeline("audio-text-to-text", model="OWNER/MODEL")
+        return pipeline("audio-classification", model="OWNER/MODEL")
 
     def caption(waveform, sample_rate, fields):
-        # most models want mono at their own rate, and some 30 seconds of it
-        ...
-        return "the model's text as comma-separated tags"
+        mono = soxr.resample(waveform.mean(axis=0), sample_rate, 16_000)  # the rate that the model was trained with
+        labels = model()({"raw": mono, "sampling_rate": 16_000}, top_k=8)
+        return ", ".join(entry["label"] for entry in labels if entry["score"] > 0.1)
 """
 
 import numpy as np

@@ -48,7 +48,7 @@ def content(tracks: list[dict], findings: list[tuple[str, str, str]] = (), **cha
         total["tracks"] += 1
         total["minutes"] += one["duration_s"] / 60
     options = {"genre_from_folder": True, "auto_tag": False, "captioner": None, "balance": 0.0, "holdout": 0.1,
-               "min_duration_s": 0.0, "linked": False}  # fmt: skip
+               "min_duration_s": 0.0, "link": False}  # fmt: skip
     found = [{"track": name, "severity": severity, "reason": reason} for name, severity, reason in findings]
     return {"version": "0.1.0", "fingerprint": "ab" * 32, "validated": True, "sources": ["my_music"],
             "options": options, "genres": genres, "findings": found, "tracks": tracks} | changes  # fmt: skip
@@ -361,7 +361,7 @@ def test_the_card_tells_how_to_load_and_train(ordinary):
     assert "accelerate launch train_ace_step_lora.py --preset c --train_data_dir DIR" in card
     assert 'dataset["train"][0]' in card and '["bytes"]' in card
     linked = content([track("a.ogg")])
-    linked["options"]["linked"] = True
+    linked["options"]["link"] = True
     assert "track = dataset[0]" in render_card(linked) and '["path"]' in render_card(linked)
     for block in re.findall(r"```python\n(.*?)```", card + render_card(linked), re.DOTALL):
         compile(block, "card", "exec")

@@ -16,6 +16,7 @@ from .analysis import Finding, Measurements
 from .auto_tags import require_librosa
 from .captioners import load_captioner
 from .dataset_files import columns_of
+from .report_text import NO_GENRE, group_findings
 
 REPORT_NAME, PAGE_NAME, CARD_NAME = "report.json", "report.html", "dataset_card.md"
 RECOMMENDED_TAGS = (5, 10)
@@ -113,8 +114,8 @@ def describe(
         "fingerprint": report.fingerprint,
         "validated": options.validate_audio,
         "sources": [_source_name(location) for location in data_dirs],
-        "options": asdict(options) | {"linked": options.link},
-        "genres": _count_genres(tracks),
+        "options": asdict(options),
+        "genres": _count_genres(report),
         "findings": [asdict(finding) for finding in findings],
         "tracks": rows,
     }
@@ -134,34 +135,38 @@ def _judge_tags(track: Track) -> Iterator[str]:
         yield f"it has {count} {tags}; {RECOMMENDED_TAGS[0]} to {RECOMMENDED_TAGS[1]} describe a track well"
 
 
-def _count_genres(tracks: list[Track]) -> dict[str, dict]:
-    """Tracks, minutes and mean sampling weight of each genre, the longest first."""
-    counts, minutes, weights = Counter(), Counter(), Counter()
-    for track in tracks:
-        genre = track.genre or "(no genre)"
+def _count_genres(report: BuildReport) -> dict[str, dict]:
+    """Tracks and minutes of each genre, the longest first, and how often its training tracks are heard an epoch."""
+    counts, minutes, weights = Counter(), Counter(), {}
+    for track in (*report.tracks, *report.held_out):
+        genre = track.genre or NO_GENRE
         counts[genre] += 1
         minutes[genre] += track.duration_s / 60
-        weights[genre] += track.sampling_weight
+    for track in report.tracks:
+        weights[track.genre or NO_GENRE] = round(track.sampling_weight, 4)  # the same for all of a genre
     return {
-        genre: {
-            "tracks": counts[genre],
-            "minutes": round(total, 2),
-            "weight": round(weights[genre] / counts[genre], 4),
-        }
+        genre: {"tracks": counts[genre], "minutes": round(total, 2), "weight": weights[genre]}
         for genre, total in minutes.most_common()
     }
 
 
 def describe_build(report: BuildReport, *, limit: int = 40) -> str:
-    """The findings (of each severity the first `limit`), minutes by genre, and what was written, for a person."""
+    """The findings, minutes by genre, and what was written, for a person.
+
+    Rejections stand one by one (the first `limit`), warnings and notes that differ only in numbers together.
+    """
+    names = [{"id": track.id} for track in (*report.tracks, *report.held_out)]
     lines = []
-    for severity in SEVERITIES:
-        found = [finding for finding in report.findings if finding.severity == severity]
-        word = "rejected" if severity == "error" else severity
-        lines += [f"  {word:<9}{finding.track}: {finding.reason}" for finding in found[:limit]]
-        if len(found) > limit:
-            lines.append(f"  {word:<9}… and {len(found) - limit} more")
-    for genre, total in _count_genres([*report.tracks, *report.held_out]).items():
+    for kind in group_findings({"findings": [asdict(finding) for finding in report.findings], "tracks": names}):
+        for group in kind["groups"]:
+            found = group["findings"]
+            if kind["severity"] == "error" or len(found) == 1:
+                word = "rejected" if kind["severity"] == "error" else kind["severity"]
+                lines += [f"  {word:<9}{finding['track']}: {finding['reason']}" for finding in found[:limit]]
+                lines += [f"  {word:<9}… and {len(found) - limit} more"] * (len(found) > limit)
+            else:
+                lines.append(f"  {kind['severity']:<9}{len(found)} × {group['reason']} ({found[0]['track']}, …)")
+    for genre, total in _count_genres(report).items():
         weight = f", each heard {total['weight']:.2f} times an epoch" if total["weight"] != 1 else ""
         lines.append(f"  {genre:<24}{total['tracks']:>5} tracks {total['minutes']:>8.1f} min{weight}")
     state = "is up to date" if report.reused else "was written"
