@@ -136,7 +136,7 @@ def test_a_files_tags_become_a_track(tmp_path):
     assert track.lyrics == "sung words"
     assert track.rights == Rights("One", "Ann", "2024 Ann Ltd", "DEA122400001", "https://example.org/by")
     assert [problem.reason for problem in problems] == [
-        "it has no tags and trains with its genre 'Techno'; describe it in a .tags.txt beside it"
+        "it has no tags and trains with its genre alone; describe it in a .tags.txt beside it"
     ]
 
 

@@ -173,7 +173,7 @@ def describe_missing_tags(track: Track) -> list[str]:
     """A sentence about a track that nobody described, or none."""
     if track.tags and track.tags != normalise_tags(track.genre):
         return []
-    instead = f"its genre {track.genre!r}" if track.tags else "an empty caption"
+    instead = "its genre alone" if track.tags else "an empty caption"
     return [f"it has no tags and trains with {instead}; describe it in a .tags.txt beside it"]
 
 

@@ -37,7 +37,7 @@ def render_card(content: dict) -> str:
         splits=[(split, *_count(t for t in tracks if t["split"] == split)) for split in ("train", "test")],
         languages=sorted(Counter(_lyrics_language(t) for t in tracks).items(), key=lambda item: (-item[1], item[0])),
         with_lyrics=sum(t["has_lyrics"] for t in tracks),
-        with_tags=sum(bool(t["tags"]) for t in tracks),
+        with_tags=sum(t["tags"] not in ("", t["genre"]) for t in tracks),
         severities=group_findings(content),
         machine_made=list(_machine_made(tracks)),
         rights=_group_rights(tracks),
