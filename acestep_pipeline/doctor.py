@@ -29,6 +29,9 @@ from . import paths
 DISTRIBUTION = "ace-step-lora"
 KNOWN_VARIABLES = {"ACESTEP_MODEL", "ACESTEP_DATA", "ACESTEP_CACHE_DIR", "ACESTEP_DEBUG", "ACESTEP_S3_ROOT"}
 HUB_TIMEOUT_S = 5
+# A module of each optional extra of setup.cfg.
+EXTRAS = {"av": "av", "auto-tag": "librosa", "ray": "ray", "s3": "boto3", "tensorboard": "tensorboard",
+          "trackio": "trackio", "wandb": "wandb"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def run_checks(
     return [
         _run("Python", _check_python),
         _run("packages", _check_packages),
+        _run("extras", _check_extras),
         _run("device", _check_hardware, "check_device"),
         _run("bfloat16", _check_hardware, "check_bf16"),
         _run("memory", _check_hardware, "check_memory"),
@@ -123,6 +127,13 @@ def _check_packages() -> tuple[str, ...]:
         return "error", "; ".join(wrong), "run `pip install -r requirements.txt` in this environment"
     shown = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
     return "ok", ", ".join(f"{name} {found[name]}" for name in shown if name in found)
+
+
+def _check_extras() -> tuple[str, ...]:
+    found = {extra for extra, module in EXTRAS.items() if importlib.util.find_spec(module)}
+    missing = [extra for extra in EXTRAS if extra not in found]
+    detail = f"installed: {', '.join(sorted(found)) or 'none'}"
+    return "ok", detail + (f"; `pip install 'ace-step-lora[{','.join(missing)}]'` adds the others" if missing else "")
 
 
 def _check_hardware(name: str) -> tuple[str, ...]:
@@ -240,7 +251,7 @@ def _check_s3(check_network: bool) -> tuple[str, ...]:
     wanted = bool(os.environ.get("ACESTEP_S3_ROOT"))
     if importlib.util.find_spec("boto3") is None:
         detail = f"S3 support isn't installed{settings}"
-        return ("warning", detail, "run `pip install boto3`") if wanted else ("ok", detail)
+        return ("warning", detail, "run `pip install 'ace-step-lora[s3]'`") if wanted else ("ok", detail)
     import botocore.exceptions
     import botocore.session
 

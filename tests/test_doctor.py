@@ -1,5 +1,6 @@
 """The doctor, run for real: conditions are provoked in the environment and on disk, not by replacing its functions."""
 
+import configparser
 import http.server
 import importlib.util
 import io
@@ -153,7 +154,7 @@ def test_healthy_machine_exits_0_and_is_left_as_it_was(tmp_path, hub):
     assert any(line.startswith("✓ data ") and line.endswith("songs (ACESTEP_DATA) exists") for line in lines)
     assert any(line.startswith("✓ audio ") and line.endswith("wav, flac, ogg, opus, mp3") for line in lines)
     assert any(line.startswith("✓ packages ") and f"torch {torch.__version__}" in line for line in lines)
-    assert lines[-1].startswith("18 checks: ") and lines[-1].endswith(", 0 errors")
+    assert lines[-1].startswith("19 checks: ") and lines[-1].endswith(", 0 errors")
     assert sorted(tmp_path.rglob("*")) == before
     assert len(requests) == 1 and "authorization" not in {name.lower() for name in requests[0][1]}
 
@@ -217,6 +218,15 @@ def test_wrong_package_versions(tmp_path, monkeypatch, requirement, expected):
     status, detail, fix = doctor._check_packages()
     assert status == "error" and detail.startswith(expected) and "requirements.txt" in fix
     assert "not-asked-for" not in detail
+
+
+def test_the_extras_are_those_of_the_package(monkeypatch):
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).resolve().parents[1] / "setup.cfg")
+    assert set(config["options.extras_require"]) == set(doctor.EXTRAS)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: module == "av" or None)
+    status, detail = doctor._check_extras()
+    assert status == "ok" and detail.startswith("installed: av;") and "ace-step-lora[auto-tag,ray,s3" in detail
 
 
 def test_package_that_is_not_installed(monkeypatch):

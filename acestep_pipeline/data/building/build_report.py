@@ -1,6 +1,5 @@
 """What a dataset build was asked for and what it did: its options, and the report as a record, as JSON, as lines."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -86,8 +85,8 @@ def describe(
     findings: list[Finding],
     measurements: dict[str, Measurements],
     estimates: dict[str, dict],
-) -> tuple[BuildReport, str]:
-    """The report, and the text of its JSON file."""
+) -> tuple[BuildReport, dict]:
+    """The report, and the content of its JSON file."""
     if not kept:
         reasons = [f"{finding.track}: {finding.reason}" for finding in findings if finding.severity == "error"]
         more = f"; and {len(reasons) - 40} more" if len(reasons) > 40 else ""
@@ -119,7 +118,7 @@ def describe(
         "findings": [asdict(finding) for finding in findings],
         "tracks": rows,
     }
-    return report, json.dumps(content, indent=1, ensure_ascii=False)
+    return report, content
 
 
 def _source_name(location: str | Path) -> str:

@@ -77,7 +77,7 @@ def build_dataset(
         while True:
             kept = _divide(tracks, near_duplicates, options)
             report, content = describe(output_dir, data_dirs, options, kept, findings, measurements, estimates)
-            if content == previous:
+            if _as_text(content) == previous:
                 return replace(report, reused=True)
             try:
                 with replacement() as new:
@@ -225,12 +225,15 @@ def _connected(pairs: list[tuple[int, int]]) -> list[list[int]]:
     return list({id(members): members for members in group.values()}.values())
 
 
-def _write(new: Path, report: BuildReport, content: str, *, link: bool, show_progress: bool) -> None:
+def _as_text(content: dict) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
+def _write(new: Path, report: BuildReport, content: dict, *, link: bool, show_progress: bool) -> None:
     """Write data and reports into the folder `new`."""
     held = {track.id for track in report.held_out}
-    rows = json.loads(content)["tracks"]
     by_id = {track.id: track for track in (*report.tracks, *report.held_out)}
-    numbered = [(index, by_id[row["id"]]) for index, row in enumerate(rows)]
+    numbered = [(index, by_id[row["id"]]) for index, row in enumerate(content["tracks"])]
     splits = {"train": [entry for entry in numbered if entry[1].id not in held]}
     if held:
         splits["test"] = [entry for entry in numbered if entry[1].id in held]
@@ -241,6 +244,6 @@ def _write(new: Path, report: BuildReport, content: str, *, link: bool, show_pro
         for _, track in numbered
         if isinstance(track.audio, Path)
     }
-    (new / REPORT_NAME).write_text(content, encoding="utf-8")
-    (new / PAGE_NAME).write_text(render_report(json.loads(content), audio_urls), encoding="utf-8")
-    (new / CARD_NAME).write_text(render_card(json.loads(content)), encoding="utf-8")
+    (new / REPORT_NAME).write_text(_as_text(content), encoding="utf-8")
+    (new / PAGE_NAME).write_text(render_report(content, audio_urls), encoding="utf-8")
+    (new / CARD_NAME).write_text(render_card(content), encoding="utf-8")
