@@ -2,8 +2,9 @@
 
 librosa measures. The confidence is the share of votes for an answer: the same question is asked of several sections of
 the track and with several assumptions that are all reasonable (where tempi usually lie, which profile a key has). An
-answer that depends on the assumption is a guess, and a guess is not written into a dataset. The thresholds are those
-chosen with `benchmarks/auto_tags.py` for about nine right tempi of ten accepted.
+answer that depends on the assumption is a guess, and a guess is not written into a dataset. The thresholds were chosen
+with `benchmarks/auto_tags.py`, on the same sounds on which this was measured: of 93 renders of known tempo 27 were
+accepted and 23 of these right within 4 % (of all 93, 59); of 69 of known key 42 and 37 (of all 69, 56).
 """
 
 import dataclasses
