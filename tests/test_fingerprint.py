@@ -6,6 +6,7 @@ import soundfile
 import soxr
 
 from acestep_pipeline.data.audio import AUDIO_SUFFIXES, SAMPLE_RATE, read_audio
+from acestep_pipeline.data.building import fingerprint as fingerprints
 from acestep_pipeline.data.building.fingerprint import WORDS_PER_S, decode, encode, find_near_duplicates, fingerprint
 from acestep_pipeline.data.demo_music import render_demo_dataset
 
@@ -115,3 +116,14 @@ def test_the_share_of_equal_bits_is_counted():
     noisy = words ^ (random_words(1000, 4) & random_words(1000, 5) & random_words(1000, 6))  # 1 bit in 8 turned
     [(_, _, similarity)] = find_near_duplicates({"a": words, "b": noisy})
     assert similarity == pytest.approx(7 / 8, abs=0.01)
+
+
+def test_copies_are_found_in_a_collection_too_large_to_be_indexed_whole(monkeypatch):
+    generator = np.random.default_rng(0)
+    prints = {str(number): generator.integers(1, 1 << 32, 1900, dtype=np.uint32) for number in range(200)}
+    for number in range(20):  # 12 % of the bits are wrong
+        wrong = np.packbits(generator.random((1900, 32)) < 0.12, axis=1).view(np.uint32)[:, 0]
+        prints[f"copy {number}"] = prints[str(number)] ^ wrong
+    monkeypatch.setattr(fingerprints, "_MAX_INDEXED", 220 * 1900 // 10)
+    pairs = find_near_duplicates(prints)
+    assert [(first, second) for first, second, _ in pairs] == [(str(n), f"copy {n}") for n in range(20)]

@@ -43,6 +43,9 @@ _PART_BITS = 24
 _PART_SHIFTS = (0, 8)
 _PLACE_BITS = 40
 _MIN_WORDS = 5 * WORDS_PER_S
+# Of a larger collection (this is 145 hours) only a share of the parts is indexed, the same in every track, so that
+# memory stays bounded: of a track of minutes that is still many parts.
+_MAX_INDEXED = 1 << 22
 
 
 class Fingerprinter:
@@ -153,8 +156,10 @@ def _votes(words: np.ndarray, starts: np.ndarray, shift: int, span: int) -> np.n
     """One number for each two tracks and offset at which the part of `_PART_BITS` from bit `shift` on is equal."""
     part = (words >> np.uint32(shift)) & np.uint32((1 << _PART_BITS) - 1)
     # The part in the upper bits, its place in the lower: one sort brings equals together, in the order of tracks.
-    index = part.astype(np.uint64) << np.uint64(_PLACE_BITS) | np.arange(len(words), dtype=np.uint64)
-    index = index[words != 0]
+    share = -(-len(words) // _MAX_INDEXED)
+    # Knuth's multiplicative hash (The Art of Computer Programming 3, 6.4) makes the share an even one.
+    indexed = np.flatnonzero((words != 0) & ((part * np.uint32(2654435769) >> np.uint32(8)) % np.uint32(share) == 0))
+    index = part[indexed].astype(np.uint64) << np.uint64(_PLACE_BITS) | indexed.astype(np.uint64)
     index.sort()
     part = (index >> np.uint64(_PLACE_BITS)).astype(np.uint32)
     place = (index & np.uint64((1 << _PLACE_BITS) - 1)).astype(np.int64)
