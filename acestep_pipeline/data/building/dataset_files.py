@@ -86,9 +86,9 @@ def _write_split(directory: Path, split: str, tracks: Sequence[tuple[int, Track]
                 columns = columns_of(track)
                 digest.update(json.dumps(columns, sort_keys=True).encode())
                 row = pyarrow.Table.from_pylist([columns | {"audio": None}], schema=schema)
-                audio = _audio(index, track, link, schema.field("audio").type)
+                audio, size = _audio(index, track, link, schema.field("audio").type)
                 writer.write_table(row.set_column(0, schema.field(0), audio))
-                advance(_size(index, track))
+                advance(size)
     DatasetInfo(features=features).write_to_directory(str(directory))
     state = {
         "_data_files": [{"filename": name} for name in names],
@@ -122,25 +122,27 @@ def _size(index: int, track: Track) -> int:
         raise _unreadable(index, error) from error
 
 
-def _audio(index: int, track: Track, link: bool, kind: pyarrow.StructType) -> pyarrow.StructArray:
-    """The one value of the audio column."""
+def _audio(index: int, track: Track, link: bool, kind: pyarrow.StructType) -> tuple[pyarrow.StructArray, int]:
+    """The one value of the audio column, and the size of the file in bytes."""
     if link and isinstance(track.audio, Path):
-        return pyarrow.array([{"bytes": None, "path": str(track.audio.absolute())}], kind)
+        return pyarrow.array([{"bytes": None, "path": str(track.audio.absolute())}], kind), _size(index, track)
     content = _content(index, track)
     if hashlib.sha256(content).hexdigest() != track.sha256:
         raise TrackChanged(index, "it changed while the dataset was built; build again")
     offsets = pyarrow.array([0, content.size], pyarrow.int32()).buffers()[1]
     embedded = pyarrow.Array.from_buffers(pyarrow.binary(), 1, [None, offsets, content])
-    return pyarrow.StructArray.from_arrays([embedded, pyarrow.array([Path(track.id).name])], fields=list(kind))
+    name = pyarrow.array([Path(track.id).name])
+    return pyarrow.StructArray.from_arrays([embedded, name], fields=list(kind)), content.size
 
 
 def _content(index: int, track: Track) -> pyarrow.Buffer:
     """The bytes of an encoded file, in memory once."""
-    size = _size(index, track)
+    embedded = None if isinstance(track.audio, Path) else pyarrow.py_buffer(track.source)
+    size = _size(index, track) if embedded is None else embedded.size
     if size > MAX_EMBEDDED_BYTES:
         raise TrackChanged(index, "it is larger than 2 GiB and can't be embedded; build with --link")
-    if not isinstance(track.audio, Path):
-        return pyarrow.py_buffer(track.source)
+    if embedded is not None:
+        return embedded
     content = pyarrow.allocate_buffer(size)
     try:
         with track.audio.open("rb") as file:

@@ -17,6 +17,7 @@ from ...engines import map_in_order
 from ...files import write_text
 from ...paths import cache_dir
 from ...progress import progress_bar
+from ...prompt_fields import INSTRUMENTAL
 from ..audio import SAMPLE_RATE, AudioError, read_audio, stream_audio
 from ..tracks import Track, describe_missing_tags
 from .analysis import ANALYSIS_VERSION, Finding, Measurements, analyse
@@ -98,8 +99,6 @@ def caption_tracks(tracks: list[Track], captioner: str, *, show_progress: bool) 
 
 
 def _is_known(track: Track, field: str) -> bool:
-    from ...prompt_fields import INSTRUMENTAL
-
     return getattr(track, field) not in (None, "", "unknown", INSTRUMENTAL)
 
 
