@@ -26,6 +26,7 @@ def flags(data: Path, output: Path, **changes) -> list[str]:
         "learning_rate": 1e-3,
         "rank": 4,
         "lora_alpha": 8,
+        "mixed_precision": "no",  # bf16 is not native everywhere, and equal to nothing to 1e-5
     } | changes
     command = []
     for name, value in values.items():
