@@ -140,11 +140,14 @@ def train(args: argparse.Namespace) -> None:
         args.lr_warmup_steps = optimization.default_warmup_steps(num_updates)
     optimizer = optimization.build_optimizer(
         inputs.lora_parameters,
+        optimizer=args.optimizer,
         learning_rate=args.learning_rate,
         adam_beta1=args.adam_beta1,
         adam_beta2=args.adam_beta2,
         adam_weight_decay=args.adam_weight_decay,
         adam_epsilon=args.adam_epsilon,
+        warmup_steps=args.lr_warmup_steps if args.lr_scheduler == "constant_with_warmup" else 0,
+        fused=device.type == "cuda" and accelerator.scaler is None,
     )
     lr_scheduler = optimization.build_lr_scheduler(
         optimizer,
@@ -236,7 +239,7 @@ def train(args: argparse.Namespace) -> None:
                     f"the loss or gradient of update {done + 1} is not finite (tracks: {names}); try a lower "
                     f"--learning_rate or --max_grad_norm. {describe_kept(args.output_dir)}"
                 )
-            line = {"loss": update_loss, "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+            line = {"loss": update_loss, "grad_norm": grad_norm, "lr": optimization.current_learning_rate(optimizer)}
             optimizer.step()
             if not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
@@ -264,7 +267,8 @@ def train(args: argparse.Namespace) -> None:
         return
     training_s = time.monotonic() - started
     metrics_file.close()
-    save_lora(transformer, args.output_dir)
+    with optimization.averaged_weights(optimizer):
+        save_lora(transformer, args.output_dir)
     say(f"\nTrained {num_updates} updates in {training_s:.0f} s.")
     del model, transformer, inputs, optimizer, state
     gc.collect()

@@ -31,7 +31,8 @@ KNOWN_VARIABLES = {"ACESTEP_MODEL", "ACESTEP_DATA", "ACESTEP_CACHE_DIR", "ACESTE
 HUB_TIMEOUT_S = 5
 # A module of each optional extra of setup.cfg.
 EXTRAS = {"av": "av", "auto-tag": "librosa", "ray": "ray", "s3": "boto3", "tensorboard": "tensorboard",
-          "trackio": "trackio", "wandb": "wandb"}  # fmt: skip
+          "trackio": "trackio", "wandb": "wandb", "8bit": "bitsandbytes", "prodigy": "prodigyopt",
+          "schedulefree": "schedulefree"}  # fmt: skip
 
 
 @dataclass(frozen=True)

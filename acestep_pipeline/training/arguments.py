@@ -8,15 +8,22 @@ from pathlib import Path
 from ..errors import UsageError
 from ..paths import default_data, default_model
 from ..presets import load_preset, preset_names
+from .optimizers import (
+    DEFAULT_LEARNING_RATE,
+    check_optimizer,
+    choose_eight_bit,
+    default_learning_rate,
+    describe_optimizer,
+)
 from .tracking import check_trackers
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # What makes a run the run it is: resuming under another value of any of these is refused.
 RESUME_SETTINGS = (
     "rank", "lora_alpha", "lora_dropout", "lora_layers", "use_rslora", "use_dora", "cfg_dropout", "timestep_mu",
-    "timestep_sigma", "seed", "train_batch_size", "gradient_accumulation_steps", "num_updates", "learning_rate",
-    "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay",
-    "adam_epsilon", "max_grad_norm", "mixed_precision", "max_duration_s",
+    "timestep_sigma", "seed", "train_batch_size", "gradient_accumulation_steps", "num_updates", "optimizer",
+    "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2",
+    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "max_duration_s",
 )  # fmt: skip
 
 
@@ -72,8 +79,10 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes in one optimizer update")
     g.add_argument("--num_train_epochs", type=int, default=100, help="an epoch has as many visits as there are tracks: one each, or by their sampling weights")
     g.add_argument("--max_train_steps", type=int, help="optimizer updates; overrides the epochs")
-    g.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate")
-    g.add_argument("--lr_scheduler", default="constant_with_warmup", help="linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup")
+    g.add_argument("--optimizer", type=str.lower, default="adamw", help="adamw if unsure; adamw_8bit and paged_adamw_8bit: a quarter of its memory ([8bit]); prodigy: finds the rate itself ([prodigy]); schedulefree_adamw: averages instead of a decaying schedule ([schedulefree])")
+    g.add_argument("--use_8bit_adam", action=argparse.BooleanOptionalAction, default=False, help="diffusers' spelling of --optimizer adamw_8bit")
+    g.add_argument("--learning_rate", type=float, default=DEFAULT_LEARNING_RATE, help="peak learning rate; with prodigy a factor on its estimate, 1 unless given here")
+    g.add_argument("--lr_scheduler", default="constant_with_warmup", help="linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup; schedulefree_adamw takes the constant ones")
     g.add_argument("--lr_warmup_steps", type=int, help="updates of linear warm-up; unset: 5%% of all, at most 100")
     g.add_argument("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
     g.add_argument("--lr_power", type=float, default=1.0, help="power of polynomial")
@@ -102,9 +111,13 @@ def parse_args(input_args=None) -> argparse.Namespace:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--lora_config")
+    early.add_argument("--optimizer")
     chosen, _ = early.parse_known_args(input_args)
-    if chosen.preset in preset_names():
-        p.set_defaults(**load_preset(chosen.preset))
+    preset = load_preset(chosen.preset) if chosen.preset in preset_names() else {}
+    p.set_defaults(**preset)
+    own_rate = default_learning_rate(chosen.optimizer or preset.get("optimizer", ""))
+    if own_rate and (chosen.optimizer or "learning_rate" not in preset):
+        p.set_defaults(learning_rate=own_rate)
     lora_config = chosen.lora_config or os.environ.get("LORA_CONFIG")
     if lora_config:
         from ..adapters import read_lora_config  # imports torch, which --help should not cost
@@ -114,7 +127,10 @@ def parse_args(input_args=None) -> argparse.Namespace:
         if "target_modules" in values:
             values["target_modules"] = ",".join(values["target_modules"])
         p.set_defaults(lora_config=lora_config, **{names.get(name, name): value for name, value in values.items()})
-    return p.parse_args(input_args)
+    args = p.parse_args(input_args)
+    if args.use_8bit_adam:
+        args.optimizer = choose_eight_bit(args.optimizer)
+    return args
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -148,6 +164,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(f"--validation_duration_s must be at most 600, not {args.validation_duration_s}.")
     if args.lr_scheduler not in LR_SCHEDULERS:
         raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler!r}.")
+    check_optimizer(args.optimizer, lr_scheduler=args.lr_scheduler)
     check_trackers(args.report_to)
 
 
@@ -170,6 +187,7 @@ def choose_sources(args: argparse.Namespace) -> dict[str, str]:
         "Model": f"{args.pretrained_model_name_or_path}  ({model_from})",
         "Data": f"{data}  ({data_from})",
         "Output": f"{args.output_dir}  ({output_from})",
+        "Optimizer": describe_optimizer(args.optimizer, learning_rate=args.learning_rate),
     }
 
 
@@ -205,6 +223,7 @@ def describe_run(
         ("LoRA", f"rank {args.rank}, alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}"),
         ("targets", ", ".join(facts["lora"]["target_modules"])),
         ("updates", f"{args.num_updates} of {batch}"),
+        ("optimizer", args.optimizer),
         ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} updates of warm-up"),
         ("precision, seed", f"{args.mixed_precision}, {args.seed}"),
         ("time", f"{training_s:.0f} s"),

@@ -3,6 +3,7 @@
 No random state is saved: order, noise, timesteps, windows and dropout are keyed by (seed, update) (`data.batching`).
 """
 
+import copy
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from ..adapters import save_lora
 from ..errors import RunError, UsageError
 from ..files import write_tensors
 from ..paths import LORA_WEIGHTS_NAME
+from .optimization import averaged_weights
 from .run_directory import CHECKPOINT_PREFIX, STATE_NAME, describe_kept, list_checkpoints
 
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -48,8 +50,9 @@ def save_checkpoint(
     temporary = Path(output_dir) / f".partial-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_lora(transformer, temporary)
-    tensors, values = _flatten(optimizer.state_dict())
+    with averaged_weights(optimizer):
+        save_lora(transformer, temporary)
+        tensors, values = _flatten(optimizer.state_dict())
     write_tensors(temporary / OPTIMIZER_NAME, tensors)
     state = {
         "update": update,
@@ -80,10 +83,11 @@ def load_checkpoint(
     state = json.loads((checkpoint / STATE_NAME).read_text())
     weights = load_file(checkpoint / LORA_WEIGHTS_NAME)
     adapter = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-    result = set_peft_model_state_dict(transformer, adapter)
-    if result.unexpected_keys:
-        raise UsageError(f"{checkpoint} has weights for modules this adapter lacks: {result.unexpected_keys[:3]}.")
-    optimizer.load_state_dict(_unflatten(load_file(checkpoint / OPTIMIZER_NAME), state["optimizer"]))
+    with averaged_weights(optimizer):
+        result = set_peft_model_state_dict(transformer, adapter)
+        if result.unexpected_keys:
+            raise UsageError(f"{checkpoint} has weights for modules this adapter lacks: {result.unexpected_keys[:3]}.")
+        optimizer.load_state_dict(_unflatten(load_file(checkpoint / OPTIMIZER_NAME), state["optimizer"]))
     lr_scheduler.load_state_dict(state["lr_scheduler"])
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
@@ -111,26 +115,36 @@ def check_same_settings(checkpoint: Path, settings: dict) -> None:
 
 
 def _flatten(state_dict: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """An optimizer's state as tensors named `<parameter>.<name>`, and everything else as JSON values."""
-    tensors = {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, values in state_dict["state"].items()
-        for name, value in values.items()
-        if isinstance(value, torch.Tensor)
-    }
-    values = {
-        "param_groups": state_dict["param_groups"],
-        "state": {
-            str(index): {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
-            for index, values in state_dict["state"].items()
-        },
-    }
-    return tensors, values
+    """An optimizer's state as tensors named `<parameter>.<name>`, and everything else as JSON values.
+
+    bitsandbytes keeps part of a parameter's state in a dict of its own: those are `<parameter>.<group>.<name>`.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def plain(values: dict, prefix: str) -> dict:
+        """The JSON values of a parameter's state; its tensors go to `tensors`."""
+        kept = {}
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                # A copy: parameters may share one tensor (bitsandbytes' quantisation maps), which safetensors refuses.
+                tensors[f"{prefix}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                kept[name] = plain(value, f"{prefix}.{name}") if isinstance(value, dict) else value
+        return kept
+
+    state = {str(index): plain(values, str(index)) for index, values in state_dict["state"].items()}
+    return tensors, {"param_groups": state_dict["param_groups"], "state": state}
 
 
 def _unflatten(tensors: dict[str, torch.Tensor], values: dict) -> dict:
-    state = {int(index): dict(entries) for index, entries in values["state"].items()}
+    state = copy.deepcopy(values["state"])
     for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state[int(index)][name] = tensor
-    return {"state": state, "param_groups": values["param_groups"]}
+        *path, name = key.split(".")
+        entries = state
+        for part in path:
+            entries = entries[part]
+        entries[name] = tensor
+    return {
+        "state": {int(index): entries for index, entries in state.items()},
+        "param_groups": values["param_groups"],
+    }
