@@ -3,7 +3,11 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
+
+# How long a process waits for the launcher to end it because another one had the same error.
+ALONE_AFTER_S = 3
 
 
 class UsageError(Exception):
@@ -26,7 +30,10 @@ def one_sentence_errors(*, debug: bool = False) -> Iterator[None]:
     except (UsageError, RunError) as error:
         if debug or os.environ.get("ACESTEP_DEBUG") == "1":
             raise
-        # A wrong flag is wrong on every rank of a node: one of them says so.
-        if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank, process = os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")
+        # What is wrong for every process of a machine is said by its first, whose end makes the launcher end the
+        # others. One that is still there after a while is alone with its error.
+        if rank != "0":
+            time.sleep(ALONE_AFTER_S)
+        print("error: " if rank == "0" else f"error (process {process}): ", error, sep="", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None

@@ -18,6 +18,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.pipelines.ace_step import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer, AceStepConditionEncoder
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
@@ -167,7 +168,10 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 0) -> Path:
         raise UsageError(f"{directory} can't be written ({error.strerror}); name a folder that can.") from error
     try:
         with quiet_loading():
-            build_tiny_pipeline(seed).save_pretrained(temporary / "checkpoint")
+            pipeline = build_tiny_pipeline(seed)
+            # In a distributed run transformers would leave the weights to process 0, which may be on another machine.
+            pipeline.text_encoder.should_save_on_this_rank = lambda is_main_process: is_main_process
+            pipeline.save_pretrained(temporary / "checkpoint")
         os.replace(temporary / "checkpoint", directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -175,16 +179,14 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 0) -> Path:
 
 
 def tiny_checkpoint_path() -> Path:
-    """The tiny checkpoint in the cache folder, written there by the first call."""
+    """The tiny checkpoint in the cache folder, written there by the first call on a machine."""
     directory = cache_dir() / f"tiny-v{TINY_VERSION}"
     if not (directory / "model_index.json").is_file():
-        print(f"Writing the embedded tiny checkpoint to {directory}", file=sys.stderr, flush=True)
-        try:
-            write_tiny_checkpoint(directory)
-        except UsageError:
-            # Another process may have finished it between the look and the rename.
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory.with_suffix(".lock")):
             if not (directory / "model_index.json").is_file():
-                raise
+                print(f"Writing the embedded tiny checkpoint to {directory}", file=sys.stderr, flush=True)
+                write_tiny_checkpoint(directory)
     return directory
 
 

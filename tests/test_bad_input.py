@@ -437,7 +437,7 @@ def test_processes_that_look_at_one_output_directory_do_not_disturb_each_other(t
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path / "a" / "b")],
-            env={**os.environ, "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "RANK": str(rank), "PYTHONPATH": str(ROOT)},
         )
         for rank in range(3)
     ]

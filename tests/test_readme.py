@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+from accelerate.commands.launch import launch_command_parser
 
 from acestep_pipeline import adapters, cli
 from acestep_pipeline.presets import load_preset, preset_names
@@ -44,8 +45,11 @@ def test_every_command_is_one_that_exists():
         if words[0] == "make":
             result = make("--dry-run", *words[1:])
             assert result.returncode == 0, result.stderr
-        elif words[:3] == ["accelerate", "launch", "train_ace_step_lora.py"]:
-            assert arguments.parse_args(words[3:]).preset in preset_names()
+        elif words[:2] == ["accelerate", "launch"]:
+            launch = launch_command_parser().parse_args(words[2:])
+            assert launch.training_script == "train_ace_step_lora.py"
+            assert launch.config_file is None or (ROOT / launch.config_file).is_file()
+            assert arguments.parse_args(launch.training_script_args).preset in preset_names()
         elif words[:2] == ["python", "scripts/build_multi_style_dataset.py"]:
             cli.build_parser().parse_args(["dataset", "build", *words[2:]])
         elif words[0] == "python":

@@ -217,10 +217,12 @@ def test_checkpoints_are_pruned_and_hold_an_adapter(demo_dir, tmp_path):
     assert load_file(output / "checkpoint-5" / WEIGHTS).keys() == load_file(output / WEIGHTS).keys()
 
 
-def test_two_processes_see_different_noise_and_end_with_equal_adapters(demo_dir, tmp_path):
+def test_two_processes_see_different_noise_and_end_with_equal_adapters(demo_dir, tmp_path, monkeypatch):
+    """They share the work on caches that are empty, the tiny checkpoint's included, and only the first one writes."""
     output = tmp_path / "two"
-    settings = {"max_train_steps": 3, "lora_dropout": 0, "max_duration_s": 2}
-    process = start(demo_dir, output, script=ROOT / "tests" / "two_process_probe.py", num_processes=2, **settings)
+    settings = {"max_train_steps": 3, "lora_dropout": 0, "max_duration_s": 2, "mixed_precision": "no"}
+    monkeypatch.setenv("ACESTEP_CACHE_DIR", str(tmp_path / "cache"))
+    process = start(demo_dir, output, script=ROOT / "tests" / "two_process_probe.py", config="ddp.yaml", **settings)
     log, _ = process.communicate(timeout=180)
     assert process.returncode == 0, log
     noises = [load_file(tmp_path / f"noise-{rank}.safetensors") for rank in (0, 1)]
@@ -229,6 +231,11 @@ def test_two_processes_see_different_noise_and_end_with_equal_adapters(demo_dir,
         assert not torch.equal(noises[0][index], noises[1][index])
     first, second = (load_file(tmp_path / f"adapter-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+    seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [len(own["encoded"]) for own in seen] == [2, 2]
+    assert len({*seen[0]["encoded"], *seen[1]["encoded"]}) == 4, "each file is encoded by one of them"
+    assert str(output / "checkpoint-3") in seen[0]["written"] and not seen[1]["written"]
 
     # And two processes are what one process does with twice the accumulation.
     alone = tmp_path / "one"

@@ -10,6 +10,7 @@ import accelerate
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_ace_step_lora.py"
+CONFIGS = ROOT / "examples" / "accelerate_configs"
 
 
 def flags(data: Path, output: Path, **changes) -> list[str]:
@@ -45,20 +46,26 @@ def train_here(data: Path, output: Path, **changes) -> None:
     train_ace_step_lora.train(train_ace_step_lora.arguments.parse_args(flags(data, output, **changes)))
 
 
-def start(data: Path, output: Path, *, script: Path = SCRIPT, num_processes: int = 1, **changes) -> subprocess.Popen:
-    """Start the script with `accelerate launch`; with several processes on CPU, with torchrun, as accelerate has no
-    launcher of its own for that."""
-    if num_processes == 1:
-        launcher = ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1", "--num_machines"]
-        launcher += ["1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+def start(
+    data: Path, output: Path, *, script: Path = SCRIPT, config: str | None = None, launch_flags=(), **changes
+) -> subprocess.Popen:
+    """Start the script with `accelerate launch`: one process, or as a file in `examples/accelerate_configs` says.
+
+    Those files are for GPUs, and run as they are on a machine without one: accelerate starts the processes it is
+    told to, and they find CPUs. A machine's GPUs are hidden here.
+    """
+    if config is None:
+        launcher = ["--quiet", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
+        launcher += ["--dynamo_backend", "no"]
     else:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+        launcher = ["--config_file", str(CONFIGS / config)]
+        launcher += launch_flags or ["--main_process_port", "0"]  # 0: any free port
     return subprocess.Popen(
-        [sys.executable, *launcher, str(script), *flags(data, output, **changes)],
+        [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(script), *flags(data, output, **changes)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
     )
 
 

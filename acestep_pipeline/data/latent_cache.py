@@ -6,7 +6,7 @@ or another rank finds them, and another model never does.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +51,10 @@ class CachedTrack:
     crop_frames: int
     windows: tuple[Window, ...]
     weight: float = 1.0
+
+    def is_here(self) -> bool:
+        """Whether its files are on this machine."""
+        return self.latents_file.is_file() and all(window.condition_file.is_file() for window in self.windows)
 
 
 def fingerprint(*modules: torch.nn.Module) -> str:
@@ -133,6 +137,11 @@ class LatentCache:
             windows=windows,
             weight=track.sampling_weight,
         ), problems
+
+    def locate(self, entry: CachedTrack) -> CachedTrack:
+        """A track that another process cached, with the paths that its files have, or would have, in this cache."""
+        windows = [replace(w, condition_file=self.conditions_dir / w.condition_file.name) for w in entry.windows]
+        return replace(entry, latents_file=self.latents_dir / entry.latents_file.name, windows=tuple(windows))
 
     def _windows(self, track: Track, num_frames: int, crop: int) -> tuple[tuple[Window, ...], list[Problem]]:
         """The windows of a track, each with its condition; windows that are told the same share one."""

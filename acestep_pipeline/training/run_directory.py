@@ -22,13 +22,13 @@ STATE_NAME = "trainer_state.json"
 def check_run_directory(output_dir: Path, *, resuming: bool, overwrite: bool) -> None:
     """Refuse an output directory that can't be written, or that holds files which a run would replace.
 
-    Only the first process of a machine tries to write: the others would see its traces come and go.
+    Only the first process of a run tries to write, as only that one will: the others would see its traces come and go.
 
     Raises:
         UsageError: with the flag that helps.
     """
     try:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0":
             probe_writable(output_dir)
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir} can't be written ({error.strerror}); choose another.") from error

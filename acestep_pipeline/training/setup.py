@@ -3,12 +3,11 @@
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 
 from ..adapters import LoraSettings, add_lora, describe
 from ..condition_mask import ConditionMask
@@ -17,9 +16,8 @@ from ..data.tracks import Problem, Track, dataset_fingerprint, describe_problems
 from ..errors import UsageError
 from ..hardware import bf16_is_fast, default_device
 from ..pipeline import ACEStepPipeline
+from .processes import COLLECTIVE_TIMEOUT, check_same_everywhere, gather_lists, local_share
 
-# Processes wait for each other's share of the cache, which can take longer than the 10 minutes of NCCL's default.
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -110,6 +108,7 @@ def prepare_inputs(
         "dataset_sha256": dataset_fingerprint(tracks),
         "lora": describe(lora),
     }
+    check_same_everywhere({"the model": facts["model_sha256"], "the training data": facts["dataset_sha256"]})
     # Before the cache is filled, so that a wrong target fails early.
     lora_parameters = add_lora(pipeline.transformer, lora, seed=seed)
     cached = cache_tracks(
@@ -143,21 +142,33 @@ def cache_tracks(
     max_duration_s: float,
     strict: bool,
 ) -> list[CachedTrack]:
-    """Encode what the cache lacks, each process its share; every process gets all usable tracks, in order."""
+    """Encode what the cache lacks, each process its share; every process gets all usable tracks, in order.
+
+    A machine that doesn't share the others' directory then encodes for itself what it lacks of their shares.
+    """
     for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.condition_encoder):
         encoder.to(accelerator.device)
+    cache = LatentCache(directory, pipeline)
     own, found = prepare_tracks(
-        LatentCache(directory, pipeline),
+        cache,
         tracks[accelerator.process_index :: accelerator.num_processes],
         max_duration_s=max_duration_s,
         show_progress=accelerator.is_local_main_process,
     )
-    problems = gather_object(found)
+    problems = gather_lists(found)
     report_problems(problems, strict=strict, say=accelerator.print)
-    by_id = {entry.id: entry for entry in gather_object(own)}
+    by_id = {entry.id: cache.locate(entry) for entry in gather_lists(own)}
     if not by_id:
         reasons = "; ".join(f"{problem.track}: {problem.reason}" for problem in problems if problem.skipped)
         raise UsageError(f"no track can be trained on: {reasons[:2000]}")
+    lacking = [track for track in local_share(tracks) if track.id in by_id and not by_id[track.id].is_here()]
+    prepare_tracks(
+        cache,
+        lacking,
+        max_duration_s=max_duration_s,
+        show_progress=bool(lacking) and accelerator.is_local_main_process,
+    )
+    gather_lists([])  # until everyone's files are there
     return [by_id[track.id] for track in tracks if track.id in by_id]
 
 
