@@ -27,14 +27,23 @@ DIVISIONS = [(1, 1, 1), (4, 1, 1), (1, 4, 2), (3, 1, 3)]
 weights_of_a_set = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40)
 
 
-def track(crop_frames=50, *, num_frames=None, tokens=(9,), weight=1.0, latents=Path("latents"), condition="condition"):
+def track(
+    crop_frames=50,
+    *,
+    num_frames=None,
+    tokens=(9,),
+    weight=1.0,
+    repeats=1,
+    latents=Path("latents"),
+    condition="condition",
+):
     """A track with as many windows as its length needs; `tokens` are those of its windows, in turn."""
     starts = plan_windows(num_frames or crop_frames, crop_frames)
     windows = tuple(
         Window(start, PromptFields("x"), Path(condition), tokens[index % len(tokens)])
         for index, start in enumerate(starts)
     )
-    return CachedTrack("song", latents, num_frames or crop_frames, crop_frames, windows, weight)
+    return CachedTrack("song", latents, num_frames or crop_frames, crop_frames, windows, weight, repeats)
 
 
 # Tracks of one to four windows, some of which have conditions of different lengths.
@@ -177,6 +186,28 @@ def test_equal_weights_are_exactly_one_visit_each(weight):
 def test_weights_far_apart_are_exact():
     counts = Visits([1] * 3, [1e-300, 1e300, 1e300], seed=0).counts(0)
     assert counts[0] == 0 and sorted(counts[1:]) == [1, 2]
+
+
+@pytest.mark.parametrize("micro_batch_size, accumulation, num_processes", DIVISIONS)
+def test_repeats_make_an_epoch_longer_and_each_is_a_visit(micro_batch_size, accumulation, num_processes):
+    tracks = [track(num_frames=100, repeats=repeats) for repeats in (3, 1, 1, 5)]
+    plans = planner(tracks, micro_batch_size=micro_batch_size, accumulation=accumulation, num_processes=num_processes)
+    assert plans.updates_per_epoch == -(-10 // plans.items_per_update)
+    for epoch in range(4):
+        plan = plans.plan(epoch)
+        assert len(plan) == plans.updates_per_epoch and plan[0][0][0].update == epoch * len(plan)
+        assert Counter(item.track for item in visited(plan)) == {0: 3, 1: 1, 2: 1, 3: 5}
+    assert planner(tracks).plan(2) == planner(tracks, seed=0).plan(2) != planner(tracks, seed=1).plan(2)
+
+
+def test_weights_share_out_what_repeats_made_longer():
+    """Half of the visits each, though one is repeated: weights say the share of a repeat."""
+    visits = Visits([1, 1], [1 / 3, 1.0], [3, 1], seed=0)
+    assert [visits.counts(epoch) for epoch in range(5)] == [[2, 2]] * 5
+    assert Visits([1] * 3, [2.0, 1.0, 1.0], [2, 2, 2], seed=0).visits_per_epoch == 6
+    totals = [sum(counts) for counts in zip(*(Visits([1] * 3, [2.0, 1.0, 1.0], [2, 2, 2], seed=0).counts(epoch)
+                                             for epoch in range(100)), strict=True)]  # fmt: skip
+    assert totals == [300, pytest.approx(150, abs=10), pytest.approx(150, abs=10)]
 
 
 @pytest.mark.parametrize("micro_batch_size, accumulation, num_processes", DIVISIONS)

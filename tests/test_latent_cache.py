@@ -348,7 +348,8 @@ def test_what_is_lost_of_a_track_is_said_once_and_not_for_each_window(cache, lon
 
 def test_a_sampling_weight_goes_with_its_track(cache, track):
     assert cache.prepare(replace(track, sampling_weight=0.25), 240.0)[0].weight == 0.25
-    assert cache.prepare(track, 240.0)[0].weight == 1.0
+    assert cache.prepare(replace(track, repeats=3), 240.0)[0].repeats == 3
+    assert (cache.prepare(track, 240.0)[0].weight, cache.prepare(track, 240.0)[0].repeats) == (1.0, 1)
 
 
 def test_context_latents_are_silence_from_its_start_and_ones():

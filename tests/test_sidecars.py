@@ -498,6 +498,30 @@ def test_a_csv_may_be_written_by_any_spreadsheet(tmp_path, delimiter, encoding):
     assert len(warnings) == (encoding == "cp1252")
 
 
+@pytest.mark.parametrize("value", [3, "3", 3.0, "3.0", " 3 "])
+@pytest.mark.parametrize("name", ["repeats", "num_repeats", "Repeats"])
+def test_a_track_says_how_often_it_is_heard(song, name, value):
+    beside(song, ".json", json.dumps({"tags": "jazz", name: value}))
+    track, reasons = read_one(song.parent)
+    assert track.repeats == 3 and not reasons
+
+
+def test_a_table_says_how_often_tracks_are_heard(song):
+    write_clip(song.parent / "deep" / "other.wav")
+    (song.parent / "metadata.csv").write_text("file_name,tags,repeats\nsong.wav,jazz,4\ndeep/other.wav,jazz,\n")
+    tracks, problems = load_tracks(song.parent, show_progress=False)
+    assert {track.id: track.repeats for track in tracks} == {"song.wav": 4, "deep/other.wav": 1}
+    assert not problems
+
+
+@pytest.mark.parametrize("value", [0, -1, 1e9, 2.5, "often", "1e999", 1001, "3,5"])
+def test_repeats_that_cannot_be_are_named_and_count_as_one(song, value):
+    beside(song, ".json", json.dumps({"tags": "jazz", "repeats": value}))
+    track, reasons = read_one(song.parent)
+    assert track.repeats == 1
+    assert reasons == [f"its repeats {value!r} is not a whole number from 1 to 1000; it counts as 1"]
+
+
 def test_tables_fill_each_other_in_a_fixed_order(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "song.wav", "title": "jsonl"}\n')
     (tmp_path / "metadata.csv").write_text("file_name,title,artist\nsong.wav,csv,csv\n")
@@ -580,7 +604,7 @@ anything = st.recursive(
 )
 NAMES = (
     "tags", "Caption", "lyrics", "genre", "bpm", "key", "time signature", "language", "isrc", "label", "custom_tag",
-    "tag_position", "sampling_weight", "machine_made", "is_instrumental", "title",
+    "tag_position", "sampling_weight", "repeats", "machine_made", "is_instrumental", "title",
 )  # fmt: skip
 names = st.sampled_from(NAMES)
 fuzz = settings(max_examples=120, derandomize=True, deadline=None, database=None)
@@ -588,13 +612,14 @@ fuzz = settings(max_examples=120, derandomize=True, deadline=None, database=None
 
 def check_types(values):
     fields, warnings = normalise_text(values)
-    assert fields.keys() == TEXT_FIELDS | {"machine_made", "sampling_weight"}
+    assert fields.keys() == TEXT_FIELDS | {"machine_made", "sampling_weight", "repeats"}
     for name in ("tags", "lyrics", "language", "genre"):
         fields[name].encode()
     assert fields["lyrics"] and fields["language"]
     assert fields["bpm"] is None or (type(fields["bpm"]) is int and 30 <= fields["bpm"] <= 300)
     assert fields["keyscale"] is None or parse_keyscale(fields["keyscale"]) == fields["keyscale"]
     assert fields["timesignature"] in (None, "2", "3", "4", "6")
+    assert type(fields["repeats"]) is int and 1 <= fields["repeats"] <= 1000
     assert fields["sampling_weight"] > 0 and isinstance(fields["machine_made"], tuple)
     rights, more = normalise_rights(values)
     assert rights.keys() == set(RIGHTS_FIELDS)

@@ -15,17 +15,27 @@ def tracks(genres, start=0):
 
 @pytest.mark.parametrize("balance", [0, 0.5, 1])
 def test_weights_keep_the_epochs_length(balance):
-    assert sum(sampling_weights(GENRES, balance)) == pytest.approx(len(GENRES))
+    assert sum(sampling_weights(GENRES, [1] * 88, balance)) == pytest.approx(len(GENRES))
 
 
 def test_balance_gives_a_small_genre_its_share():
     def share(balance):
-        return sum(sampling_weights(GENRES, balance)[80:]) / len(GENRES)
+        return sum(sampling_weights(GENRES, [1] * 88, balance)[80:]) / len(GENRES)
 
     assert share(0) == pytest.approx(8 / 88)
     assert share(0.5) == pytest.approx(8**0.5 / (8**0.5 + 80**0.5))
     assert share(1) == pytest.approx(0.5)
-    assert set(sampling_weights(GENRES, 0)) == {1.0}
+    assert set(sampling_weights(GENRES, [1] * 88, 0)) == {1.0}
+
+
+@pytest.mark.parametrize("balance", [0, 0.5, 1])
+def test_repeats_shift_visits_within_a_genre_that_keeps_its_share(balance):
+    repeats = [1] * 79 + [9] + [3] + [1] * 7  # as if there were 88 rock and 10 jazz
+    weights = sampling_weights(GENRES, repeats, balance)
+    visits = [weight * times for weight, times in zip(weights, repeats, strict=True)]
+    assert sum(visits) == pytest.approx(98)
+    assert sum(visits[80:]) / 98 == pytest.approx(10 ** (1 - balance) / (10 ** (1 - balance) + 88 ** (1 - balance)))
+    assert visits[79] == pytest.approx(9 * visits[0]) and visits[80] == pytest.approx(3 * visits[87])
 
 
 def test_the_same_share_of_every_genre_is_held_out():

@@ -198,7 +198,9 @@ def folder(tmp_path):
         "copyright": "Ann Ltd", "isrc": "DE-A12-24-00001", "licence": "CC0", "url": "https://example.org",
     }))  # fmt: skip
     beside(first, ".tags.txt", "jazz, piano")
-    beside(second, ".json", '{"tags": ["folk", "voice"], "machine_made": ["bpm"], "sampling_weight": 0.5}')
+    beside(
+        second, ".json", '{"tags": ["folk", "voice"], "machine_made": ["bpm"], "sampling_weight": 0.5, "repeats": 3}'
+    )
     beside(second, ".lyrics.txt", "[verse]\nWe walked along the river in the evening light\nand never came back home")
     return tmp_path / "music"
 
@@ -207,7 +209,8 @@ def folder(tmp_path):
 def rows(folder):
     """What a dataset built from the folder holds: the columns of each track."""
     tracks, _ = read(folder)
-    columns = ("id", "tags", "lyrics", "language", "genre", "bpm", "keyscale", "timesignature", "sampling_weight")
+    columns = ("id", "tags", "lyrics", "language", "genre", "bpm", "keyscale", "timesignature", "sampling_weight",
+               "repeats")  # fmt: skip
     return [
         row(track.audio, **{name: getattr(track, name) for name in columns}, machine_made=list(track.machine_made),
             **vars(track.rights))
@@ -219,7 +222,7 @@ def test_the_folder_says_all_there_is_to_know(folder):
     (first, second), problems = read(folder)
     assert not problems
     assert first.rights == Rights("One", "Ann", "Ann Ltd", "DEA122400001", "CC0", "https://example.org")
-    assert (second.rights, second.sampling_weight) == (Rights(), 0.5)
+    assert (second.rights, second.sampling_weight, second.repeats) == (Rights(), 0.5, 3)
     assert (second.language, second.machine_made) == ("en", ("bpm", "language"))
 
 
@@ -319,7 +322,12 @@ def test_the_fingerprint_is_of_the_data_not_of_its_place(folder, tmp_path):
     original = dataset_fingerprint(read(folder)[0])
     assert dataset_fingerprint(read(tmp_path / "copy")[0]) == original
     assert dataset_fingerprint(read(folder)[0][::-1]) == original
-    for name, content in (("a.tags.txt", "jazz, guitar"), ("b.json", '{"tags": "folk, voice", "lyrics": "other"}')):
+    changes = (
+        ("a.tags.txt", "jazz, guitar"),
+        ("b.json", '{"tags": "folk, voice", "lyrics": "other"}'),
+        ("a.json", '{"repeats": 2}'),
+    )
+    for name, content in changes:
         shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)
         (tmp_path / "changed" / name).write_text(content)
         assert dataset_fingerprint(read(tmp_path / "changed")[0]) != original

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from acestep_pipeline.data import batching
 from acestep_pipeline.data.latent_cache import fingerprint
+from acestep_pipeline.data.tracks import find_audio_files
 from acestep_pipeline.training import setup
 from tests.training_runs import ROOT, metrics, start, train_here
 
@@ -190,6 +191,25 @@ def test_a_weighted_run_over_windows_resumes_to_the_bit(demo_dir, tmp_path, monk
     train_here(demo_dir, output, resume_from_checkpoint=output / "checkpoint-7", **settings)
     assert heard == whole[7:]
     assert ((output / WEIGHTS).read_bytes(), metrics(output)) == (adapter, lines)
+
+
+def test_a_track_is_heard_as_often_as_its_repeats_say(demo_dir, tmp_path, monkeypatch, capsys):
+    """Three and one and one: five visits an epoch, in two updates of three; the last holds two."""
+    music, names = tmp_path / "music", [file.name for file in find_audio_files(demo_dir)][:3]
+    music.mkdir()
+    for name in names:
+        shutil.copy(demo_dir / name, music)
+    (music / "metadata.csv").write_text(f"file_name,tags,repeats\n{names[0]},a,3\n{names[1]},b,\n{names[2]},c,0\n")
+    heard, load_latents = [], batching.load_latents
+    monkeypatch.setattr(batching, "load_latents", lambda track, window: heard.append(track.id)
+                        or load_latents(track, window))  # fmt: skip
+    output = tmp_path / "out"
+    train_here(music, output, max_train_steps=4, gradient_accumulation_steps=3)
+    said = capsys.readouterr().out
+    assert "3 tracks, 3 windows of up to 4 s, each track heard 1 to 3 times an epoch: 4 updates of 3 windows" in said
+    assert f"warning  {names[2]}: its repeats '0' is not a whole number from 1 to 1000; it counts as 1" in said
+    assert [Counter(heard[start : start + 5]) for start in (0, 5)] == [{names[0]: 3, names[1]: 1, names[2]: 1}] * 2
+    assert [line["epoch"] for line in metrics(output)] == [0, 0, 1, 1]
 
 
 def test_a_song_with_timed_lyrics_is_told_what_is_sung_in_each_window(demo_dir, tmp_path, monkeypatch, capsys):

@@ -55,28 +55,35 @@ def shuffled(number: int, *key: Hashable) -> list[int]:
 class Visits:
     """Which track is heard when, and in which window.
 
-    An epoch has as many visits as there are tracks. A track's share of them is its weight over the mean weight, drawn
-    by systematic sampling (https://en.wikipedia.org/wiki/Systematic_sampling): in an epoch the share is rounded down
-    or up, over many epochs it is met. With equal weights every track is heard once an epoch. So many visits as a track
+    An epoch has as many visits as all tracks have repeats: one for each track, if none has more. A track's share of
+    them is in proportion to its weight times its repeats, drawn by systematic sampling
+    (https://en.wikipedia.org/wiki/Systematic_sampling): in an epoch the share is rounded down or up, over many epochs
+    it is met. With equal weights every track is heard exactly as often as it has repeats. So many visits as a track
     has windows hear each window once, then the next round begins, in another order.
     """
 
-    def __init__(self, num_windows: Sequence[int], weights: Sequence[float], *, seed: int) -> None:
-        """Take the number of windows, and the weight (finite and above 0), of every track."""
+    def __init__(
+        self, num_windows: Sequence[int], weights: Sequence[float], repeats: Sequence[int] | None = None, *, seed: int
+    ) -> None:
+        """Take the number of windows, the weight (finite and above 0) and the repeats (one if None) of every track."""
         self.num_windows = num_windows
         self.seed = seed
+        repeats = [1] * len(weights) if repeats is None else repeats
+        self.visits_per_epoch = sum(repeats)
         # Fractions of one denominator, as integers: exact, so that no epoch is a visit short.
         ratios = [float(weight).as_integer_ratio() for weight in weights]
         denominator = max(below for _, below in ratios)  # all are powers of two
-        self.weights = [above * (denominator // below) for above, below in ratios]
+        self.weights = [
+            above * (denominator // below) * times for (above, below), times in zip(ratios, repeats, strict=True)
+        ]
         self._epoch, self._before = 0, [0] * len(weights)
 
     def counts(self, epoch: int) -> list[int]:
         """How often each track is heard in an epoch: its share, rounded down or up."""
-        number, total = len(self.weights), sum(self.weights)
-        counts = [0] * number
+        number, total = self.visits_per_epoch, sum(self.weights)
+        counts = [0] * len(self.weights)
         walked = keyed_seed(self.seed, "offset", epoch) * total >> 63  # uniform in [0, total)
-        for track in shuffled(number, self.seed, "walk", epoch):
+        for track in shuffled(len(counts), self.seed, "walk", epoch):
             walked_on = walked + self.weights[track] * number
             counts[track] = walked_on // total - walked // total
             walked = walked_on
@@ -121,8 +128,13 @@ class EpochPlanner:
         self.micro_batch_size = micro_batch_size
         self.num_processes = num_processes
         self.items_per_update = micro_batch_size * accumulation * num_processes
-        self.updates_per_epoch = -(-len(tracks) // self.items_per_update)
-        self.visits = Visits([len(track.windows) for track in tracks], [track.weight for track in tracks], seed=seed)
+        self.visits = Visits(
+            [len(track.windows) for track in tracks],
+            [track.weight for track in tracks],
+            [track.repeats for track in tracks],
+            seed=seed,
+        )
+        self.updates_per_epoch = -(-self.visits.visits_per_epoch // self.items_per_update)
         self.crop_frames = [track.crop_frames for track in tracks]
 
     def plan(self, epoch: int) -> list[list[list[MicroBatch]]]:

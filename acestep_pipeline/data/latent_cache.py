@@ -42,7 +42,7 @@ class Window:
 class CachedTrack:
     """A track ready to train on: where its tensors are, and the windows that it is heard in.
 
-    All windows are `crop_frames` long. `weight` is the track's `sampling_weight`.
+    All windows are `crop_frames` long. `weight` is the track's `sampling_weight`, `repeats` are its `repeats`.
     """
 
     id: str
@@ -51,6 +51,7 @@ class CachedTrack:
     crop_frames: int
     windows: tuple[Window, ...]
     weight: float = 1.0
+    repeats: int = 1
 
     def is_here(self) -> bool:
         """Whether its files are on this machine."""
@@ -136,6 +137,7 @@ class LatentCache:
             crop_frames=crop,
             windows=windows,
             weight=track.sampling_weight,
+            repeats=track.repeats,
         ), problems
 
     def locate(self, entry: CachedTrack) -> CachedTrack:

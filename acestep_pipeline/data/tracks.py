@@ -46,8 +46,8 @@ class Track:
     """One piece of audio and what is known about it.
 
     `audio` says where the encoded file is, `source` gives it; `duration_s`, `sample_rate` and `channels` are those
-    of the file. `sampling_weight` is the mean number of visits in an epoch, `machine_made` names the text fields that
-    a program filled in and no person.
+    of the file. It adds `repeats` visits to an epoch, and its `sampling_weight` says what share of all visits one of
+    them is (`batching.Visits`). `machine_made` names the text fields that a program filled in and no person.
     """
 
     id: str
@@ -64,6 +64,7 @@ class Track:
     channels: int
     sha256: str
     sampling_weight: float = 1.0
+    repeats: int = 1
     machine_made: tuple[str, ...] = ()
     rights: Rights = Rights()
 
@@ -270,9 +271,13 @@ def _sha256(audio: Path | bytes) -> str:
 def dataset_fingerprint(tracks: list[Track]) -> str:
     """SHA-256 over all of every track that training looks at: equal for equal data, wherever it lies."""
     digest = hashlib.sha256()
+    unseen, unless_given = {"audio", "machine_made", "rights"}, {"repeats": 1}
     for track in sorted(tracks, key=lambda track: track.id):
-        unseen = {"audio", "machine_made", "rights"}
-        fields = {name: value for name, value in vars(track).items() if name not in unseen}
+        fields = {
+            name: value
+            for name, value in vars(track).items()
+            if name not in unseen and (name not in unless_given or value != unless_given[name])
+        }
         digest.update(json.dumps(fields, sort_keys=True).encode())
     return digest.hexdigest()
 

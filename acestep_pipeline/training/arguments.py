@@ -77,7 +77,7 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--seed", type=int, default=42, help="same seed, data and hardware: same adapter")
     g.add_argument("--train_batch_size", type=int, default=1, help="items in one forward pass (of equal length) on each process")
     g.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes in one optimizer update")
-    g.add_argument("--num_train_epochs", type=int, default=100, help="an epoch has as many visits as there are tracks: one each, or by their sampling weights")
+    g.add_argument("--num_train_epochs", type=int, default=100, help="an epoch visits every track once, or as often as its repeats say; sampling weights (--balance) share these visits out otherwise")
     g.add_argument("--max_train_steps", type=int, help="optimizer updates; overrides the epochs")
     g.add_argument("--optimizer", type=str.lower, default="adamw", help="adamw if unsure; adamw_8bit and paged_adamw_8bit: a quarter of its memory ([8bit]); prodigy: finds the rate itself ([prodigy]); schedulefree_adamw: averages instead of a decaying schedule ([schedulefree])")
     g.add_argument("--use_8bit_adam", action=argparse.BooleanOptionalAction, default=False, help="diffusers' spelling of --optimizer adamw_8bit")

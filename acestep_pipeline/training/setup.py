@@ -176,10 +176,11 @@ def describe_tracks(tracks: list[CachedTrack], frames_per_second: float) -> str:
     """How many tracks and windows there are, how long, and how often each is heard, for a person."""
     longest_s = max(track.crop_frames for track in tracks) / frames_per_second
     described = f"{len(tracks)} tracks, {sum(len(track.windows) for track in tracks)} windows of up to {longest_s:g} s"
-    mean = sum(track.weight for track in tracks) / len(tracks)
-    rarest, commonest = (which(track.weight for track in tracks) / mean for which in (min, max))
-    if rarest != commonest:
-        described += f", each track heard {rarest:.2g} to {commonest:.2g} times an epoch"
+    shares = [track.weight * track.repeats for track in tracks]
+    mean = sum(shares) / sum(track.repeats for track in tracks)
+    rarest, commonest = min(shares) / mean, max(shares) / mean
+    if not rarest == commonest == 1:
+        described += f", each track heard {rarest:.4g} to {commonest:.4g} times an epoch"
     return described
 
 

@@ -135,16 +135,21 @@ def _judge_tags(track: Track) -> Iterator[str]:
 
 
 def _count_genres(report: BuildReport) -> dict[str, dict]:
-    """Tracks and minutes of each genre, the longest first, and how often its training tracks are heard an epoch."""
-    counts, minutes, weights = Counter(), Counter(), {}
+    """Tracks and minutes of each genre, the longest first, and its training tracks' mean visits an epoch."""
+    counts, minutes, trained, visits = Counter(), Counter(), Counter(), Counter()
     for track in (*report.tracks, *report.held_out):
         genre = track.genre or NO_GENRE
         counts[genre] += 1
         minutes[genre] += track.duration_s / 60
     for track in report.tracks:
-        weights[track.genre or NO_GENRE] = round(track.sampling_weight, 4)  # the same for all of a genre
+        trained[track.genre or NO_GENRE] += 1
+        visits[track.genre or NO_GENRE] += track.sampling_weight * track.repeats
     return {
-        genre: {"tracks": counts[genre], "minutes": round(total, 2), "weight": weights[genre]}
+        genre: {
+            "tracks": counts[genre],
+            "minutes": round(total, 2),
+            "weight": round(visits[genre] / trained[genre], 4),
+        }
         for genre, total in minutes.most_common()
     }
 

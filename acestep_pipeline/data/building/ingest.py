@@ -204,7 +204,7 @@ def _divide(
     weights = dict(
         zip(
             (track.id for track in train),
-            sampling_weights([track.genre for track in train], options.balance),
+            sampling_weights([track.genre for track in train], [track.repeats for track in train], options.balance),
             strict=True,
         )
     )

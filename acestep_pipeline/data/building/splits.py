@@ -6,24 +6,27 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 
-def sampling_weights(genres: Sequence[str], balance: float) -> list[float]:
-    """Mean visits an epoch of each track, so that a small genre is not drowned by a large one.
+def sampling_weights(genres: Sequence[str], repeats: Sequence[int], balance: float) -> list[float]:
+    """Mean visits an epoch of each track for one of its repeats, so that a small genre is not drowned by a large one.
 
-    A genre of `n` tracks gets a share of the epoch proportional to `n ** (1 - balance)`: 0 leaves every track at one
-    visit, 1 gives every genre the same share, 0.5 the square root's (the temperature sampling of multilingual models:
-    Arivazhagan et al. 2019, arXiv:1907.05019, section 4.2).
+    A genre of `n` tracks (one of three repeats counts as three) gets a share of the epoch proportional to
+    `n ** (1 - balance)`: 0 leaves every repeat at one visit, 1 gives every genre the same share, 0.5 the square
+    root's (the temperature sampling of multilingual models: Arivazhagan et al. 2019, arXiv:1907.05019, section 4.2).
 
     Args:
         genres: of each track; tracks without one are a genre of their own.
+        repeats: of each track.
         balance: in [0, 1].
 
     Returns:
-        Weights with mean 1, in the order of `genres`.
+        Weights in the order of `genres`; over all repeats of all tracks their mean is 1.
     """
-    counts = Counter(genres)
+    counts: Counter[str] = Counter()
+    for genre, times in zip(genres, repeats, strict=True):
+        counts[genre] += times
     shares = {genre: count ** (1 - balance) for genre, count in counts.items()}
     total = math.fsum(shares.values())
-    return [len(genres) * shares[genre] / total / counts[genre] for genre in genres]
+    return [sum(repeats) * shares[genre] / total / counts[genre] for genre in genres]
 
 
 def choose_holdout(tracks: Sequence[tuple[str, str]], share: float, groups: Sequence[Sequence[int]] = ()) -> set[int]:

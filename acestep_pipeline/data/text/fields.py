@@ -24,6 +24,7 @@ FIELD_NAMES = {
     "custom_tag": ("custom_tag",),
     "tag_position": ("tag_position",),
     "sampling_weight": ("sampling_weight",),
+    "repeats": ("repeats", "num_repeats"),
     "machine_made": ("machine_made",),
 }
 # Not fields of their own: they decide about others of the same source.

@@ -22,6 +22,7 @@ from .musical_terms import (
 
 # More descriptors than this don't fit into the 256 tokens that the model reads.
 MANY_TAGS = 50
+MAX_REPEATS = 1000
 TAG_POSITIONS = ("prepend", "append", "replace")
 RIGHTS_FIELDS = ("title", "artist", "rights_holder", "isrc", "license", "source")
 TEXT_FIELDS = {"tags", "lyrics", "language", "genre", "bpm", "keyscale", "timesignature"}
@@ -41,7 +42,7 @@ def normalise_text(record: dict) -> tuple[dict, list[str]]:
     Where there are no tags, the genre stands in their place.
 
     Returns:
-        `TEXT_FIELDS`, `machine_made` and `sampling_weight`, and the warnings.
+        `TEXT_FIELDS`, `machine_made`, `sampling_weight` and `repeats`, and the warnings.
     """
     warnings: list[str] = []
     genre = _line(record.get("genre"))
@@ -70,6 +71,7 @@ def normalise_text(record: dict) -> tuple[dict, list[str]]:
         **fields,
         "machine_made": tuple(sorted(machine_made)),
         "sampling_weight": _weight(record.get("sampling_weight"), warnings),
+        "repeats": _repeats(record.get("repeats"), warnings),
     }, warnings
 
 
@@ -207,3 +209,14 @@ def _weight(value: object, warnings: list[str]) -> float:
         warnings.append(f"its sampling weight {shown(value)} is not a number above 0; it counts as 1")
         return 1.0
     return weight
+
+
+def _repeats(value: object, warnings: list[str]) -> int:
+    try:
+        repeats = 1.0 if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        repeats = math.nan
+    if not (repeats.is_integer() and 1 <= repeats <= MAX_REPEATS):
+        warnings.append(f"its repeats {shown(value)} is not a whole number from 1 to {MAX_REPEATS}; it counts as 1")
+        return 1
+    return int(repeats)
