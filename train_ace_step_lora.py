@@ -120,7 +120,8 @@ def train(args: argparse.Namespace) -> None:
             use_rslora=args.use_rslora,
             use_dora=args.use_dora,
         ),
-        gradient_checkpointing=args.gradient_checkpointing,
+        base_quantization=args.base_quantization,
+        gradient_checkpointing=args.gradient_checkpointing_ratio if args.gradient_checkpointing else 0.0,
         seed=args.seed,
     )
     transformer, tracks, facts = inputs.transformer, inputs.tracks, inputs.facts

@@ -112,7 +112,7 @@ def _add_model_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _load_pipeline(args: argparse.Namespace, *, to_encode: bool = False):
-    """The pipeline on this machine's device; the VAE in float32 if it is to encode, as in training."""
+    """The pipeline on this machine's device; if it is to encode, its encoders alone, and the VAE in float32."""
     import torch
 
     from .hardware import bf16_is_fast, default_device
@@ -122,13 +122,17 @@ def _load_pipeline(args: argparse.Namespace, *, to_encode: bool = False):
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" and bf16_is_fast(device) else torch.float32
     name, said = default_model(args.pretrained_model_name_or_path)
     print(f"Model: {name} ({said}), {dtype} on {device}", flush=True)
-    return ACEStepPipeline.from_pretrained(
+    pipeline = ACEStepPipeline.from_pretrained(
         name,
         variant_dir=args.variant_dir,
         revision=args.revision,
         torch_dtype=dtype,
         vae_dtype=torch.float32 if to_encode else dtype,
-    ).to(device)
+    )
+    if to_encode:
+        pipeline.move_encoders(device)
+        return pipeline
+    return pipeline.to(device)
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -142,6 +142,14 @@ class ACEStepPipeline(AceStepPipeline):
                 what = " ".join(str(error).split())[:300]
                 raise UsageError(f"the checkpoint in {source} can't be loaded: {what}") from error
 
+    def move_encoders(self, device: torch.device) -> None:
+        """Move what encodes (VAE, text encoder, condition encoder) to `device`; the DiT stays where it is.
+
+        Encoding needs no more, so that the device never has to hold the DiT and the encoders at the same time.
+        """
+        for encoder in (self.vae, self.text_encoder, self.condition_encoder):
+            encoder.to(device)
+
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name=None, **kwargs):
         """diffusers' `load_lora_weights` for what training wrote: an adapter directory, its file, or a Hub id.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import UsageError
 from ..paths import default_data, default_model
 from ..presets import load_preset, preset_names
+from .memory import QUANTIZATION_PACKAGES, check_quantization_installed
 from .optimizers import (
     DEFAULT_LEARNING_RATE,
     check_optimizer,
@@ -23,7 +24,7 @@ RESUME_SETTINGS = (
     "rank", "lora_alpha", "lora_dropout", "lora_layers", "use_rslora", "use_dora", "cfg_dropout", "timestep_mu",
     "timestep_sigma", "seed", "train_batch_size", "gradient_accumulation_steps", "num_updates", "optimizer",
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2",
-    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "max_duration_s",
+    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "max_duration_s", "base_quantization",
 )  # fmt: skip
 
 
@@ -92,8 +93,11 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this")
     g.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="bf16", help="bf16 becomes fp32 where the hardware would be slower with it")
-    g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="less memory, about a third slower")
     g.add_argument("--allow_tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on CUDA")
+    g = p.add_argument_group("memory")
+    g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="compute activations again instead of keeping them: far less memory, about a third slower")
+    g.add_argument("--gradient_checkpointing_ratio", type=float, default=1.0, help="do so in this share of the blocks only: more memory, less time")
+    g.add_argument("--base_quantization", choices=tuple(QUANTIZATION_PACKAGES), default="none", help="keep the frozen base in 4 bits (nf4) or 8 (int8; fp8 is coarser); the adapter is an ordinary one [quantization]")
     g = p.add_argument_group("output")
     g.add_argument("--output_dir", help="where the adapter goes; unset: output/<exp_name>")
     g.add_argument("--exp_name", help="unset: <preset>-<data folder>")
@@ -153,6 +157,11 @@ def check_args(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} must not be negative, not {value}.")
     if args.cfg_dropout is not None and not 0 <= args.cfg_dropout <= 1:
         raise UsageError(f"--cfg_dropout must be in [0, 1], not {args.cfg_dropout}.")
+    if not 0 < args.gradient_checkpointing_ratio <= 1:
+        raise UsageError(
+            f"--gradient_checkpointing_ratio must be in (0, 1], not {args.gradient_checkpointing_ratio}; "
+            "--no-gradient_checkpointing turns it off."
+        )
     for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UsageError(f"--{name} must be in [0, 1), not {getattr(args, name)}.")
@@ -165,6 +174,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.lr_scheduler not in LR_SCHEDULERS:
         raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler!r}.")
     check_optimizer(args.optimizer, lr_scheduler=args.lr_scheduler)
+    check_quantization_installed(args.base_quantization)
     check_trackers(args.report_to)
 
 
@@ -226,5 +236,6 @@ def describe_run(
         ("optimizer", args.optimizer),
         ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} updates of warm-up"),
         ("precision, seed", f"{args.mixed_precision}, {args.seed}"),
+        ("quantised base", args.base_quantization),
         ("time", f"{training_s:.0f} s"),
     ]

@@ -1,13 +1,12 @@
 """What stands before the loop: the accelerator, the tracks, the caches, and a DiT with an adapter and nothing else."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env, release_memory
 
 from ..adapters import LoraSettings, add_lora, describe
 from ..condition_mask import ConditionMask
@@ -16,6 +15,8 @@ from ..data.tracks import Problem, Track, dataset_fingerprint, describe_problems
 from ..errors import UsageError
 from ..hardware import bf16_is_fast, default_device
 from ..pipeline import ACEStepPipeline
+from ..quantization import leave_base_out_of_ddp, quantize_base
+from .memory import check_quantization_hardware, enable_gradient_checkpointing
 from .processes import COLLECTIVE_TIMEOUT, check_same_everywhere, gather_lists, local_share
 
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -78,7 +79,8 @@ def prepare_inputs(
     strict: bool,
     latent_cache_dir: Path,
     lora: LoraSettings,
-    gradient_checkpointing: bool,
+    base_quantization: str,
+    gradient_checkpointing: float,
     seed: int,
 ) -> TrainingInputs:
     """Read the tracks, load the model, add the adapter, fill the cache, and let go of every frozen encoder.
@@ -87,11 +89,16 @@ def prepare_inputs(
         accelerator: device, precision and process to work for; each process encodes its share of the tracks.
         checkpoint: arguments of `ACEStepPipeline.from_pretrained` that name the model.
         latent_cache_dir: where latents and conditions are kept.
+        gradient_checkpointing: in what share of the blocks.
         The others are the script's flags.
 
     Raises:
-        UsageError: no track is usable, one has to be skipped under `strict`, or model or targets are wrong.
+        UsageError: no track is usable, one has to be skipped under `strict`, model or targets are wrong, or the base
+            can't be quantised so here.
     """
+    device, weight_dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    check_quantization_hardware(base_quantization, device, sharded=sharded)
     tracks, problems = load_tracks(
         train_data_dir,
         dataset_name=dataset_name,
@@ -101,7 +108,6 @@ def prepare_inputs(
         show_progress=accelerator.is_main_process,
     )
     report_problems(problems, strict=strict, say=accelerator.print)
-    device, weight_dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
     pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype, vae_dtype=torch.float32)
     facts = {
         "model_sha256": fingerprint(pipeline.transformer),
@@ -109,13 +115,16 @@ def prepare_inputs(
         "lora": describe(lora),
     }
     check_same_everywhere({"the model": facts["model_sha256"], "the training data": facts["dataset_sha256"]})
+    quantize_base(pipeline.transformer, base_quantization, device=device)
     # Before the cache is filled, so that a wrong target fails early.
     lora_parameters = add_lora(pipeline.transformer, lora, seed=seed)
+    if base_quantization != "none":
+        leave_base_out_of_ddp(pipeline.transformer)
     cached = cache_tracks(
         accelerator, pipeline, tracks, directory=latent_cache_dir, max_duration_s=max_duration_s, strict=strict
     )
     if gradient_checkpointing:
-        pipeline.transformer.enable_gradient_checkpointing()
+        enable_gradient_checkpointing(pipeline.transformer, gradient_checkpointing)
     inputs = TrainingInputs(
         transformer=pipeline.transformer.train(),
         condition_mask=ConditionMask(pipeline.transformer),
@@ -129,7 +138,7 @@ def prepare_inputs(
     )
     # The VAE, the text encoder and the condition encoder have done their work.
     del pipeline
-    gc.collect()
+    release_memory()
     return inputs
 
 
@@ -146,8 +155,7 @@ def cache_tracks(
 
     A machine that doesn't share the others' directory then encodes for itself what it lacks of their shares.
     """
-    for encoder in (pipeline.vae, pipeline.text_encoder, pipeline.condition_encoder):
-        encoder.to(accelerator.device)
+    pipeline.move_encoders(accelerator.device)
     cache = LatentCache(directory, pipeline)
     own, found = prepare_tracks(
         cache,
