@@ -69,7 +69,8 @@ def train(args: argparse.Namespace) -> None:
     import torch
     from torch.utils.data import DataLoader
 
-    from acestep_pipeline.adapters import LoraSettings, parse_targets, save_lora
+    from acestep_pipeline.adapter_settings import describe_kind
+    from acestep_pipeline.adapters import save_lora
     from acestep_pipeline.data import batching
     from acestep_pipeline.hardware import describe_device
     from acestep_pipeline.progress import progress_bar
@@ -112,14 +113,7 @@ def train(args: argparse.Namespace) -> None:
         max_duration_s=args.max_duration_s,
         strict=args.strict,
         latent_cache_dir=args.latent_cache_dir or cache_dir() / "latents",
-        lora=LoraSettings(
-            r=args.rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=parse_targets(args.lora_layers),
-            use_rslora=args.use_rslora,
-            use_dora=args.use_dora,
-        ),
+        lora=arguments.lora_settings(args),
         base_quantization=args.base_quantization,
         gradient_checkpointing=args.gradient_checkpointing_ratio if args.gradient_checkpointing else 0.0,
         seed=args.seed,
@@ -288,6 +282,7 @@ def train(args: argparse.Namespace) -> None:
         example_prompt=tracks[0].windows[0].fields.prompt,
         num_inference_steps=args.validation_inference_steps,
         seed=args.seed,
+        kind=describe_kind(facts["lora"])[0],
         card_rows=arguments.describe_run(args, facts, num_tracks=len(tracks), training_s=training_s),
     )
     print(report)

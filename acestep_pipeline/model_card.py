@@ -5,6 +5,8 @@ from pathlib import Path
 import matplotlib
 from huggingface_hub import ModelCard, ModelCardData
 
+from .paths import LORA_WEIGHTS_NAME
+
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  the backend is chosen first: there may be no screen
 
@@ -14,7 +16,7 @@ TEMPLATE = """---
 
 # {{ name }}
 
-A LoRA for [ACE-Step 1.5]({{ base_link }}), trained with ACE-Step LoRA {{ version }}.
+A {{ kind }} for [ACE-Step 1.5]({{ base_link }}), trained with ACE-Step LoRA {{ version }}.
 {% if samples %}
 ## Listen
 
@@ -33,12 +35,15 @@ import torch
 from diffusers import AceStepPipeline
 
 pipe = AceStepPipeline.from_pretrained("a diffusers-layout ACE-Step 1.5 checkpoint", torch_dtype=torch.bfloat16)
-pipe.load_lora_weights("this folder or repository")
+{{ loading }}
 audio = pipe({{ prompt }}, audio_duration=60).audios
 ```
 
 `acestep_pipeline.ACEStepPipeline` takes the original checkpoint layout as well:
 `acestep-lora generate --adapter DIR --prompt "..." --output out.wav`.
+{% if note %}
+{{ note }}
+{% endif -%}
 
 ## Training
 
@@ -53,6 +58,16 @@ The loss of one update depends mostly on the timesteps it drew: look at the smoo
 {% endif %}
 Every argument, version and hash is in `training_args.json`; the values of each update are in `metrics.jsonl`.
 """
+
+
+LOADING = 'pipe.load_lora_weights("this folder or repository")'
+# diffusers' pipeline refuses a LoKr, for its keys' names; the transformer's own method takes it.
+LOKR_LOADING = (
+    f"""pipe.transformer.load_lora_adapter("this folder or repository", weight_name="{LORA_WEIGHTS_NAME}")"""
+)
+LOKR_NOTE = """A LoKr is not a LoRA: in diffusers (0.42 and later) it is the transformer that loads it, as above, and
+`ACEStepPipeline.load_lora_weights` and `acestep-lora generate` do so themselves. The weights have PEFT's names
+(`lokr_w1`, `lokr_w2`), with its `LoKrConfig` in the file's metadata; programs that take LoRA only can't use them."""
 
 
 def plot_loss(metrics: list[dict], path: Path) -> None:
@@ -84,6 +99,7 @@ def write_model_card(
     name: str,
     version: str,
     base_model: str,
+    kind: str,
     rows: list[tuple[str, str]],
     samples: list[dict[str, str]],
     plot: str | None,
@@ -96,6 +112,7 @@ def write_model_card(
         name: title.
         version: of this package.
         base_model: what was adapted; a Hub id becomes the card's `base_model`.
+        kind: of adapter, for a person: LoRA, DoRA or LoKr.
         rows: facts about the training, as (what, value).
         samples: `prompt`, `with_adapter`, `without_adapter` (relative paths) of each pair.
         plot: relative path of the loss plot.
@@ -106,13 +123,16 @@ def write_model_card(
         base_model=base_model if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-audio",
-        tags=["ace-step", "ace-step-1.5", "lora", "music", "text-to-music", "diffusers"],
+        tags=["ace-step", "ace-step-1.5", "lokr" if kind == "LoKr" else "lora", "music", "text-to-music", "diffusers"],
     )
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         name=name,
         version=version,
+        kind=kind,
+        loading=LOKR_LOADING if kind == "LoKr" else LOADING,
+        note=LOKR_NOTE if kind == "LoKr" else None,
         base_link=f"https://huggingface.co/{base_model}" if on_hub else "https://huggingface.co/ACE-Step",
         rows=rows,
         samples=[{**sample, "prompt": sample["prompt"].replace("|", "\\|").replace("\n", " ")} for sample in samples],

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from .adapters import check_adapter_fits
+from .adapters import check_adapter_fits, is_lokr
 from .checkpoint_conversion import (
     SILENCE_LATENT_NAME,
     TEXT_ENCODER_DIR,
@@ -151,7 +151,8 @@ class ACEStepPipeline(AceStepPipeline):
             encoder.to(device)
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name=None, **kwargs):
-        """diffusers' `load_lora_weights` for what training wrote: an adapter directory, its file, or a Hub id.
+        """diffusers' `load_lora_weights` for what training wrote, a LoKr too: an adapter directory, its file, or a Hub
+        id. The adapter does not drop anything while it generates.
 
         Raises:
             UsageError: the file is not there, is damaged or a pickle, or does not fit this transformer. The pipeline
@@ -162,9 +163,23 @@ class ACEStepPipeline(AceStepPipeline):
         if not isinstance(source, dict):
             source = _locate_adapter(str(source), kwargs)
         try:
+            state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
             # Before diffusers changes the transformer: it does not restore it when an adapter does not fit.
-            check_adapter_fits(self.lora_state_dict(source, **kwargs), self.transformer)
-            super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
+            check_adapter_fits(state_dict, self.transformer)
+            if is_lokr(state_dict):
+                # diffusers 0.42 loads it into the transformer, but refuses it here for its keys' names.
+                self.load_lora_into_transformer(
+                    state_dict,
+                    self.transformer,
+                    adapter_name=adapter_name,
+                    metadata=metadata,
+                    _pipeline=self,
+                    hotswap=kwargs.get("hotswap", False),
+                )
+            else:
+                super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
+            # diffusers leaves the new layers in training mode, with the dropout that the file may name.
+            self.transformer.train(self.transformer.training)
         except (RuntimeError, ValueError, OSError, SafetensorError) as error:
             what = " ".join(str(error).split())[:300]
             raise UsageError(f"the adapter {name} doesn't load into this checkpoint: {what}") from error

@@ -12,17 +12,14 @@ from diffusers import AceStepPipeline, AceStepTransformer1DModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from acestep_pipeline.adapters import (
+from acestep_pipeline.adapter_settings import (
     DEFAULT_TARGET_MODULES,
-    LORA_WEIGHTS_NAME,
     LoraSettings,
-    add_lora,
     describe,
     parse_targets,
     read_lora_config,
-    resolve_target_modules,
-    save_lora,
 )
+from acestep_pipeline.adapters import LORA_WEIGHTS_NAME, add_lora, resolve_target_modules, save_lora
 from acestep_pipeline.errors import UsageError
 
 # Plain diffusers' Oobleck, loaded here for comparison, uses it.

@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+from ..adapter_settings import LoraSettings, describe_kind, parse_blocks, parse_targets, read_lora_config
 from ..errors import UsageError
 from ..paths import default_data, default_model
 from ..presets import load_preset, preset_names
@@ -21,7 +22,8 @@ from .tracking import check_trackers
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # What makes a run the run it is: resuming under another value of any of these is refused.
 RESUME_SETTINGS = (
-    "rank", "lora_alpha", "lora_dropout", "lora_layers", "use_rslora", "use_dora", "cfg_dropout", "timestep_mu",
+    "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_blocks", "use_rslora", "use_dora", "adapter_type",
+    "lokr_factor", "lokr_decompose_both", "rank_pattern", "alpha_pattern", "cfg_dropout", "timestep_mu",
     "timestep_sigma", "seed", "train_batch_size", "gradient_accumulation_steps", "num_updates", "optimizer",
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2",
     "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "max_duration_s", "base_quantization",
@@ -63,13 +65,17 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--latent_cache_dir", type=Path, help="where latents and conditions are kept for the next run; unset: latents in $ACESTEP_CACHE_DIR or ~/.cache/acestep-lora")
     g.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read the cache")
     g = p.add_argument_group("adapter")
-    g.add_argument("--lora_config", help="JSON file with r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora; unset: $LORA_CONFIG")
+    g.add_argument("--lora_config", help="JSON file with r, lora_alpha, lora_dropout, target_modules, layers_to_transform, use_rslora, use_dora, adapter_type, lokr_factor, lokr_decompose_both, rank_pattern, alpha_pattern (layer name: value); unset: $LORA_CONFIG")
+    g.add_argument("--adapter_type", type=str.lower, default="lora", help="lora if unsure: it loads everywhere; lokr: a Kronecker product, a few per cent of its size")
     g.add_argument("--rank", type=int, default=64, help="rank of the update")
     g.add_argument("--lora_alpha", type=float, default=128.0, help="the update is scaled by alpha / rank")
-    g.add_argument("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
-    g.add_argument("--lora_layers", default="to_q,to_k,to_v,to_out.0", help="target modules, comma-separated; q_proj or linear_q spellings work too")
-    g.add_argument("--use_rslora", action=argparse.BooleanOptionalAction, default=False, help="scale by alpha / sqrt(rank)")
-    g.add_argument("--use_dora", action=argparse.BooleanOptionalAction, default=False, help="weight-decomposed LoRA")
+    g.add_argument("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input; for lokr on the rows of the update")
+    g.add_argument("--lora_layers", default="attention", help="attention, self, cross, mlp, joined by + (attention+mlp), or names of modules, comma-separated (to_q, q_proj or linear_q)")
+    g.add_argument("--lora_blocks", help="adapt only these transformer blocks, such as 0-11,20; unset: all")
+    g.add_argument("--use_rslora", action=argparse.BooleanOptionalAction, default=False, help="scale by alpha / sqrt(rank): for high ranks")
+    g.add_argument("--use_dora", action=argparse.BooleanOptionalAction, default=False, help="weight-decomposed LoRA: trains the weights' norms too; slower, closer to full training at low rank")
+    g.add_argument("--lokr_factor", type=int, default=-1, help="width of a lokr's first factor; -1: about the square root of the layer's, the smallest adapter; 8 or 16 for larger ones")
+    g.add_argument("--lokr_decompose_both", action=argparse.BooleanOptionalAction, default=False, help="a lokr's first factor is of rank --rank, too")
     g = p.add_argument_group("objective")
     g.add_argument("--cfg_dropout", type=float, help="probability of training an item without its condition; unset: 0.15 for base and sft, 0 for turbo")
     g.add_argument("--timestep_mu", type=float, help="mean of the timestep's normal, in logits; unset: the checkpoint's, else -0.4")
@@ -112,6 +118,7 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--validation_duration_s", type=float, default=30.0, help="their length")
     g.add_argument("--validation_inference_steps", type=int, help="their denoising steps; unset: 50, turbo 8")
     # fmt: on
+    p.set_defaults(rank_pattern={}, alpha_pattern={})  # from a --lora_config alone
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--lora_config")
@@ -124,12 +131,11 @@ def parse_args(input_args=None) -> argparse.Namespace:
         p.set_defaults(learning_rate=own_rate)
     lora_config = chosen.lora_config or os.environ.get("LORA_CONFIG")
     if lora_config:
-        from ..adapters import read_lora_config  # imports torch, which --help should not cost
-
-        names = {"r": "rank", "target_modules": "lora_layers"}
+        names = {"r": "rank", "target_modules": "lora_layers", "layers_to_transform": "lora_blocks"}
         values = read_lora_config(Path(lora_config))
-        if "target_modules" in values:
-            values["target_modules"] = ",".join(values["target_modules"])
+        for name in ("target_modules", "layers_to_transform"):
+            if name in values:
+                values[name] = ",".join(map(str, values[name]))
         p.set_defaults(lora_config=lora_config, **{names.get(name, name): value for name, value in values.items()})
     args = p.parse_args(input_args)
     if args.use_8bit_adam:
@@ -173,9 +179,34 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(f"--validation_duration_s must be at most 600, not {args.validation_duration_s}.")
     if args.lr_scheduler not in LR_SCHEDULERS:
         raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler!r}.")
+    lora_settings(args)
+    if args.adapter_type == "lokr" and args.base_quantization != "none":
+        raise UsageError("--adapter_type lokr needs the base unquantised; leave --base_quantization out, or use lora.")
     check_optimizer(args.optimizer, lr_scheduler=args.lr_scheduler)
     check_quantization_installed(args.base_quantization)
     check_trackers(args.report_to)
+
+
+def lora_settings(args: argparse.Namespace) -> LoraSettings:
+    """The adapter that the flags describe.
+
+    Raises:
+        UsageError: one of them is out of bounds, or two don't go together.
+    """
+    return LoraSettings(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=parse_targets(args.lora_layers),
+        layers_to_transform=parse_blocks(args.lora_blocks),
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        adapter_type=args.adapter_type,
+        lokr_factor=args.lokr_factor,
+        lokr_decompose_both=args.lokr_decompose_both,
+        rank_pattern=args.rank_pattern,
+        alpha_pattern=args.alpha_pattern,
+    )
 
 
 def choose_sources(args: argparse.Namespace) -> dict[str, str]:
@@ -230,8 +261,12 @@ def describe_run(
     return [
         ("base", f"{model} (SHA-256 of its DiT: `{facts['model_sha256'][:16]}…`)"),
         ("tracks", str(num_tracks)),
-        ("LoRA", f"rank {args.rank}, alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}"),
-        ("targets", ", ".join(facts["lora"]["target_modules"])),
+        describe_kind(facts["lora"]),
+        (
+            "targets",
+            ", ".join(facts["lora"]["target_modules"])
+            + (f" of blocks {args.lora_blocks}" if args.lora_blocks else ""),
+        ),
         ("updates", f"{args.num_updates} of {batch}"),
         ("optimizer", args.optimizer),
         ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} updates of warm-up"),

@@ -28,6 +28,7 @@ def write_final_report(
     example_prompt: str,
     num_inference_steps: int | None,
     seed: int,
+    kind: str,
     card_rows: list[tuple[str, str]],
 ) -> str:
     """Generate the samples with the adapter in `output_dir`, draw the loss, and write the model card.
@@ -41,6 +42,7 @@ def write_final_report(
         example_prompt: for the card and the next command.
         num_inference_steps: denoising steps, None for the variant's default.
         seed: of the first sample; the next ones count up.
+        kind: of adapter: LoRA, DoRA or LoKr.
         card_rows: facts for the card's table.
 
     Returns:
@@ -65,6 +67,7 @@ def write_final_report(
         name=name,
         version=__version__,
         base_model=model,
+        kind=kind,
         rows=card_rows,
         samples=samples,
         plot=PLOT_NAME,

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env, release_memory
 
-from ..adapters import LoraSettings, add_lora, describe
+from ..adapter_settings import LoraSettings, describe
+from ..adapters import add_lora
 from ..condition_mask import ConditionMask
 from ..data.latent_cache import CachedTrack, LatentCache, fingerprint, prepare_tracks
 from ..data.tracks import Problem, Track, dataset_fingerprint, describe_problems, load_tracks
