@@ -103,6 +103,7 @@ def train(args: argparse.Namespace) -> None:
     checkpoint_source = {
         name: getattr(args, name) for name in ("pretrained_model_name_or_path", "variant_dir", "revision", "cache_dir")
     }
+    text = arguments.text_options(args)
     inputs = setup.prepare_inputs(
         accelerator,
         checkpoint=checkpoint_source,
@@ -113,6 +114,7 @@ def train(args: argparse.Namespace) -> None:
         max_duration_s=args.max_duration_s,
         strict=args.strict,
         latent_cache_dir=args.latent_cache_dir or cache_dir() / "latents",
+        text=text,
         lora=arguments.lora_settings(args),
         base_quantization=args.base_quantization,
         gradient_checkpointing=args.gradient_checkpointing_ratio if args.gradient_checkpointing else 0.0,
@@ -189,7 +191,12 @@ def train(args: argparse.Namespace) -> None:
         f"{planner.items_per_update} windows, {per_epoch} an epoch."
     )
     draw = batching.DrawSettings(
-        seed=args.seed, cfg_dropout=args.cfg_dropout, mu=args.timestep_mu, sigma=args.timestep_sigma
+        seed=args.seed,
+        cfg_dropout=args.cfg_dropout,
+        mu=args.timestep_mu,
+        sigma=args.timestep_sigma,
+        tag_shuffle=args.tag_shuffle,
+        caption_dropout=args.caption_dropout,
     )
     channels = inputs.silence_latent.shape[-1]
     started = time.monotonic()
@@ -275,7 +282,7 @@ def train(args: argparse.Namespace) -> None:
         weight_dtype=weight_dtype,
         prompts=choose_prompts(
             [track.windows[0].fields for track in tracks],
-            prompt=args.validation_prompt,
+            prompt=args.validation_prompt and text.with_trigger(args.validation_prompt),
             num_samples=args.num_validation_samples,
             duration_s=args.validation_duration_s,
         ),

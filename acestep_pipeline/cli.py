@@ -46,6 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--max_duration_s", type=float, default=240.0, help="as in training (default: 240)")
     command.add_argument("--min_duration_s", type=float, default=10.0, help="as in training (default: 10)")
     command.add_argument("--latent_cache_dir", type=Path, help="unset: latents in the project's cache folder")
+    command.add_argument("--trigger_word", metavar="WORD", help="as in training")
+    command.add_argument("--trigger_position", default="prepend", help="as in training (default: prepend)")
+    command.add_argument("--tag_shuffle", type=int, default=1, help="as in training (default: 1)")
+    command.add_argument("--caption_dropout", type=float, default=0.0, help="as in training: above 0 encodes texts "
+                         "without tags (default: 0)")  # fmt: skip
+    command.add_argument("--seed", type=int, default=42, help="as in training, for --tag_shuffle (default: 42)")
 
     command = _command(commands, "tiny-checkpoint", "write the embedded toy checkpoint to a folder", _tiny_checkpoint)
     command.add_argument("directory", type=Path, help="a new folder")
@@ -195,15 +201,17 @@ def _split_scale(adapter: str) -> tuple[str, float]:
 
 def _cache(args: argparse.Namespace) -> int:
     from .data.latent_cache import LatentCache, prepare_tracks
-    from .data.tracks import describe_problems, load_tracks
+    from .data.tracks import describe_problems, doubts_about_text, load_tracks
+    from .training.arguments import text_options
 
+    text = text_options(args)
     data, said = default_data(args.train_data_dir)
     print(f"Data: {data} ({said})", flush=True)
     tracks, problems = load_tracks(data, min_duration_s=args.min_duration_s)
     pipeline = _load_pipeline(args, to_encode=True)
-    cache = LatentCache(args.latent_cache_dir or cache_dir() / "latents", pipeline)
+    cache = LatentCache(args.latent_cache_dir or cache_dir() / "latents", pipeline, text)
     cached, found = prepare_tracks(cache, tracks, max_duration_s=args.max_duration_s)
-    problems += found
+    problems += doubts_about_text(tracks, text) + found
     if problems:
         print("\n".join(describe_problems(problems)))
     minutes = sum(entry.num_frames for entry in cached) / pipeline.latents_per_second / 60

@@ -274,7 +274,7 @@ def test_crops_are_the_longest_even_number_of_seconds(num_frames, max_duration_s
 
 
 def test_the_model_is_told_the_length_of_the_crop(track):
-    assert prompt_fields(track, LYRICS, 2.0).audio_duration == 2.0
+    assert prompt_fields(track, track.tags, LYRICS, 2.0).audio_duration == 2.0
 
 
 def test_tracks_without_a_crop_are_skipped_with_their_length(cache, track, tmp_path):

@@ -106,7 +106,8 @@ def test_side_steps_text_file_gives_every_field(song):
     beside(song, ".txt", "caption: slow, warm\ngenre: soul\nbpm: 72\nkey: Bb minor\nsignature: 4/4\ncustom_tag: zzz\n"
            "lyrics:\n[Verse]\nTitle: not a field here\nla la\n")  # fmt: skip
     track, reasons = read_one(song.parent)
-    assert (track.tags, track.genre, track.bpm, track.keyscale) == ("zzz, slow, warm", "soul", 72, "Bb minor")
+    assert (track.tags, track.genre, track.bpm, track.keyscale) == ("slow, warm", "soul", 72, "Bb minor")
+    assert track.trigger_word == "zzz"
     assert (track.timesignature, track.lyrics) == ("4", "[Verse]\nTitle: not a field here\nla la")
     assert not reasons
 
@@ -387,16 +388,24 @@ def test_a_time_signature_the_model_does_not_know_is_named_and_left_out(song):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"custom_tag": "zzz"}, "zzz, jazz"),
-        ({"custom_tag": "zzz", "tag_position": "append"}, "jazz, zzz"),
-        ({"custom_tag": "zzz", "tag_position": "replace"}, "zzz"),
-        ({"custom_tag": "JAZZ"}, "JAZZ"),
-        ({"genre": "bop", "prompt_override": "genre"}, "bop"),
+        ({"custom_tag": "zzz"}, ("jazz", "zzz", "")),
+        ({"custom_tag": "zzz", "tag_position": "append"}, ("jazz", "zzz", "append")),
+        ({"trigger_word": " zzz ", "trigger_position": "Replace"}, ("jazz", "zzz", "replace")),
+        ({"genre": "bop", "prompt_override": "genre"}, ("bop", "", "")),
     ],
 )
-def test_a_trigger_word_goes_where_it_is_told(song, values, expected):
+def test_a_track_may_have_a_trigger_word_of_its_own(song, values, expected):
     beside(song, ".json", json.dumps({"caption": "jazz"} | values))
-    assert read_one(song.parent)[0].tags == expected
+    track, reasons = read_one(song.parent)
+    assert (track.tags, track.trigger_word, track.trigger_position) == expected
+    assert not reasons or "prompt_override" in values, "only the genre is no description"
+
+
+def test_a_position_that_cannot_be_is_named(song):
+    beside(song, ".json", '{"tags": "jazz", "custom_tag": "zzz", "tag_position": "middle"}')
+    track, reasons = read_one(song.parent)
+    assert (track.trigger_word, track.trigger_position) == ("zzz", "")
+    assert reasons == ["its trigger_position 'middle' is not prepend, append, replace; left empty"]
 
 
 # --- Lyrics and language
@@ -547,9 +556,11 @@ def test_the_official_trainers_dataset_is_read(song):
     metadata = {"name": "mine", "custom_tag": "zzz", "tag_position": "append", "all_instrumental": True}
     (song.parent / "my dataset.json").write_text(json.dumps({"metadata": metadata, "samples": samples}))
     tracks, problems = load_tracks(song.parent, show_progress=False)
+    triggers = {track.id: (track.trigger_word, track.trigger_position) for track in tracks}
+    assert triggers == {"song.wav": ("zzz", "append"), "deep/other.wav": ("own", "append")}
     told = {track.id: (track.tags, track.genre, track.bpm, track.keyscale, track.lyrics) for track in tracks}
-    assert told["song.wav"] == ("slow, warm, zzz", "soul", 72, "C minor", "[Instrumental]")
-    assert told["deep/other.wav"] == ("loud, own", "", None, None, CHORUS)
+    assert told["song.wav"] == ("slow, warm", "soul", 72, "C minor", "[Instrumental]")
+    assert told["deep/other.wav"] == ("loud", "", None, None, CHORUS)
     assert {f"{problem.track}: {problem.reason}" for problem in problems} == {
         "/music/gone.wav: it is in the folder's table but not there",
         "my dataset.json: sample 4 is not a row with a file_name and is left out",
@@ -612,7 +623,13 @@ fuzz = settings(max_examples=120, derandomize=True, deadline=None, database=None
 
 def check_types(values):
     fields, warnings = normalise_text(values)
-    assert fields.keys() == TEXT_FIELDS | {"machine_made", "sampling_weight", "repeats"}
+    assert fields.keys() == TEXT_FIELDS | {
+        "machine_made",
+        "sampling_weight",
+        "repeats",
+        "trigger_word",
+        "trigger_position",
+    }
     for name in ("tags", "lyrics", "language", "genre"):
         fields[name].encode()
     assert fields["lyrics"] and fields["language"]

@@ -326,6 +326,7 @@ def test_the_fingerprint_is_of_the_data_not_of_its_place(folder, tmp_path):
         ("a.tags.txt", "jazz, guitar"),
         ("b.json", '{"tags": "folk, voice", "lyrics": "other"}'),
         ("a.json", '{"repeats": 2}'),
+        ("a.json", '{"trigger_word": "zzz"}'),
     )
     for name, content in changes:
         shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)

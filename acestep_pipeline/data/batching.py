@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..condition_mask import pad_conditions
 from ..flow_matching import sample_timesteps
-from .latent_cache import CachedTrack, load_condition, load_latents
+from .latent_cache import CachedTrack, Window, load_condition, load_latents
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,31 @@ class EpochPlanner:
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """What is random about a training item. `mu` and `sigma` are of the timestep's normal in logits."""
+    """What is random about a training item. `mu` and `sigma` are of the timestep's normal in logits.
+
+    `tag_shuffle` and `caption_dropout` are those of the `TextOptions` that the tracks were cached with; by themselves
+    they are off, so that what is measured is told the given words.
+    """
 
     seed: int
     cfg_dropout: float
     mu: float
     sigma: float
     sample_posterior: bool = True
+    tag_shuffle: int = 1
+    caption_dropout: float = 0.0
+
+
+def draw_wording(window: Window, settings: DrawSettings, update: int, slot: int) -> Window:
+    """In which words an item is told: one of `settings.tag_shuffle` orders, or without its tags.
+
+    The generator is not that of the item's other draws, which stay what they are without these options.
+    """
+    generator = keyed_generator(settings.seed, "text", update, slot)
+    dropped = torch.rand((), generator=generator).item() < settings.caption_dropout
+    orders = (window, *window.shuffled)[: settings.tag_shuffle]
+    order = torch.randint(len(orders), (), generator=generator).item()
+    return window.without_tags if dropped else orders[order]
 
 
 class MicroBatchDataset(Dataset):
@@ -196,16 +214,18 @@ class MicroBatchDataset(Dataset):
         """
         batch = self.micro_batches[index]
         draws = [
-            self._draw(item, keyed_generator(self.settings.seed, "update", batch.update, slot))
+            self._draw(
+                self.tracks[item.track],
+                draw_wording(self.tracks[item.track].windows[item.window], self.settings, batch.update, slot),
+                keyed_generator(self.settings.seed, "update", batch.update, slot),
+            )
             for item, slot in zip(batch.items, batch.slots, strict=True)
         ]
         conditions, mask = pad_conditions([draw.pop("encoder_hidden_states") for draw in draws])
         tensors = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
         return tensors | {"encoder_hidden_states": conditions} | ({} if mask is None else {"condition_mask": mask})
 
-    def _draw(self, item: Item, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        track = self.tracks[item.track]
-        window = track.windows[item.window]
+    def _draw(self, track: CachedTrack, window: Window, generator: torch.Generator) -> dict[str, torch.Tensor]:
         posterior = load_latents(track, window)
         sample = torch.randn(posterior["mean"].shape, generator=generator)
         noise = torch.randn(posterior["mean"].shape, generator=generator)

@@ -19,6 +19,7 @@ from ..files import write_tensors
 from ..progress import progress_bar
 from .audio import AudioError, read_audio
 from .text.lyrics import cut_to_window, lines_beyond
+from .text.variants import TextOptions, make_wordings
 from .tracks import Problem, Track
 
 # Raise when the meaning of a cached tensor changes.
@@ -26,16 +27,26 @@ CACHE_VERSION = 1
 # Crops are whole multiples of this, so that the duration the model is told is exact and the DiT's patches of two
 # frames (at 25 frames a second) are never padded.
 CROP_STEP_S = 2
+NO_TEXT_OPTIONS = TextOptions()
 
 
 @dataclass(frozen=True)
 class Window:
-    """A crop of a track: the latent frame it starts at, and what the model is told about it."""
+    """A crop of a track: the latent frame it starts at, and what the model is told about it.
+
+    `shuffled` and `without_tags` are the same crop told otherwise (`text.variants.Wordings`), themselves without any.
+    """
 
     start_frame: int
     fields: PromptFields
     condition_file: Path
     num_condition_tokens: int
+    shuffled: tuple["Window", ...] = ()
+    without_tags: "Window | None" = None
+
+    def wordings(self) -> tuple["Window", ...]:
+        """The window itself, and all that it is told otherwise."""
+        return (self, *self.shuffled, *([self.without_tags] if self.without_tags else []))
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,8 @@ class CachedTrack:
 
     def is_here(self) -> bool:
         """Whether its files are on this machine."""
-        return self.latents_file.is_file() and all(window.condition_file.is_file() for window in self.windows)
+        told = [wording for window in self.windows for wording in window.wordings()]
+        return self.latents_file.is_file() and all(wording.condition_file.is_file() for wording in told)
 
 
 def fingerprint(*modules: torch.nn.Module) -> str:
@@ -81,10 +93,13 @@ def plan_windows(num_frames: int, crop_frames: int) -> tuple[int, ...]:
     return tuple(index * last // gaps for index in range(gaps + 1)) if gaps else (0,)
 
 
-def prompt_fields(track: Track, lyrics: str, duration_s: float) -> PromptFields:
-    """What the model is told about a crop of `duration_s` seconds of `track`, in which `lyrics` are sung."""
+def prompt_fields(track: Track, prompt: str, lyrics: str, duration_s: float) -> PromptFields:
+    """What the model is told about a crop of `duration_s` seconds of `track`, in which `lyrics` are sung.
+
+    `prompt` is one of the track's `Wordings`.
+    """
     return PromptFields(
-        prompt=track.tags,
+        prompt=prompt,
         lyrics=lyrics,
         vocal_language=track.language,
         bpm=track.bpm,
@@ -97,9 +112,13 @@ def prompt_fields(track: Track, lyrics: str, duration_s: float) -> PromptFields:
 class LatentCache:
     """Encodes tracks with a pipeline's frozen VAE and encoders, and keeps the results on disk."""
 
-    def __init__(self, directory: Path, pipeline) -> None:
-        """Find or make the folders of this pipeline's models; raises `UsageError` if that can't be done."""
+    def __init__(self, directory: Path, pipeline, text: TextOptions = NO_TEXT_OPTIONS) -> None:
+        """Find or make the folders of this pipeline's models; raises `UsageError` if that can't be done.
+
+        `text` says in which words tracks are told.
+        """
         self.pipeline = pipeline
+        self.text = text
         tokenizer = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())
         # Set by each call, so they say what the pipeline did last and not what it is.
         tokenizer |= {"truncation": None, "padding": None}
@@ -142,8 +161,17 @@ class LatentCache:
 
     def locate(self, entry: CachedTrack) -> CachedTrack:
         """A track that another process cached, with the paths that its files have, or would have, in this cache."""
-        windows = [replace(w, condition_file=self.conditions_dir / w.condition_file.name) for w in entry.windows]
-        return replace(entry, latents_file=self.latents_dir / entry.latents_file.name, windows=tuple(windows))
+
+        def here(window: Window) -> Window:
+            return replace(
+                window,
+                condition_file=self.conditions_dir / window.condition_file.name,
+                shuffled=tuple(map(here, window.shuffled)),
+                without_tags=here(window.without_tags) if window.without_tags else None,
+            )
+
+        windows = tuple(map(here, entry.windows))
+        return replace(entry, latents_file=self.latents_dir / entry.latents_file.name, windows=windows)
 
     def _windows(self, track: Track, num_frames: int, crop: int) -> tuple[tuple[Window, ...], list[Problem]]:
         """The windows of a track, each with its condition; windows that are told the same share one."""
@@ -151,9 +179,26 @@ class LatentCache:
         song_s, crop_s = num_frames / rate, crop / rate
         starts = plan_windows(num_frames, crop)
         lyrics = [cut_to_window(track.lyrics, start / rate, start / rate + crop_s, song_s=song_s) for start in starts]
-        told = [prompt_fields(track, words, crop_s) for words in lyrics]
-        conditions = {fields: self._condition(fields) for fields in dict.fromkeys(told)}
-        windows = [Window(start, fields, *conditions[fields][:2]) for start, fields in zip(starts, told, strict=True)]
+        wordings = make_wordings(
+            track.tags,
+            self.text,
+            trigger_word=track.trigger_word,
+            trigger_position=track.trigger_position,
+            key=track.sha256,
+        )
+        conditions: dict[PromptFields, tuple[Path, int, int, int]] = {}
+
+        def window(start: int, words: str, prompt: str, **others) -> Window:
+            fields = prompt_fields(track, prompt, words, crop_s)
+            if fields not in conditions:
+                conditions[fields] = self._condition(fields)
+            return Window(start, fields, *conditions[fields][:2], **others)
+
+        windows = []
+        for told in zip(starts, lyrics, strict=True):
+            without = None if wordings.without_tags is None else window(*told, wordings.without_tags)
+            shuffled = tuple(window(*told, prompt) for prompt in wordings.shuffled)
+            windows.append(window(*told, wordings.given, shuffled=shuffled, without_tags=without))
         lost_text, lost_lyrics = (max(condition[part] for condition in conditions.values()) for part in (2, 3))
         reasons = []
         if lost_text:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ from .text.normalisation import normalise_rights, normalise_tags, normalise_text
 from .text.sidecars import read_sidecars
 from .text.tables import read_tables
 from .text.text_files import one_line
+from .text.variants import TextOptions, describe_wordings
 
 # Hashing and probing wait for the disk and release the interpreter's lock.
 _MAX_READERS = 4
@@ -47,7 +49,9 @@ class Track:
 
     `audio` says where the encoded file is, `source` gives it; `duration_s`, `sample_rate` and `channels` are those
     of the file. It adds `repeats` visits to an epoch, and its `sampling_weight` says what share of all visits one of
-    them is (`batching.Visits`). `machine_made` names the text fields that a program filled in and no person.
+    them is (`batching.Visits`). `trigger_word` and `trigger_position` are its own, each empty where the run's hold
+    (`text.variants`); the tags are without it. `machine_made` names the text fields that a program filled in and no
+    person.
     """
 
     id: str
@@ -65,6 +69,8 @@ class Track:
     sha256: str
     sampling_weight: float = 1.0
     repeats: int = 1
+    trigger_word: str = ""
+    trigger_position: str = ""
     machine_made: tuple[str, ...] = ()
     rights: Rights = Rights()
 
@@ -172,7 +178,7 @@ def load_tracks(
 
 def describe_missing_tags(track: Track) -> list[str]:
     """A sentence about a track that nobody described, or none."""
-    if track.tags and track.tags != normalise_tags(track.genre):
+    if track.trigger_word or (track.tags and track.tags != normalise_tags(track.genre)):
         return []
     instead = "its genre alone" if track.tags else "an empty caption"
     return [f"it has no tags and trains with {instead}; describe it in a .tags.txt beside it"]
@@ -268,10 +274,29 @@ def _sha256(audio: Path | bytes) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def doubts_about_text(tracks: list[Track], text: TextOptions) -> list[Problem]:
+    """What a run's text options won't do as hoped for these tracks."""
+    described = [(track.tags, track.genre, track.trigger_word) for track in tracks]
+    return [Problem(flag, reason, skipped=False) for flag, reason in describe_wordings(described, text)]
+
+
+def count_triggers(tracks: list[Track], text: TextOptions) -> list[dict]:
+    """Each `trigger_word` in use with its `trigger_position` and the number of `tracks` told it, most used first."""
+    counts = Counter(text.trigger_of(track.trigger_word, track.trigger_position) for track in tracks)
+    return [
+        {"trigger_word": word, "trigger_position": position, "tracks": count}
+        for (word, position), count in counts.most_common()
+        if word
+    ]
+
+
 def dataset_fingerprint(tracks: list[Track]) -> str:
     """SHA-256 over all of every track that training looks at: equal for equal data, wherever it lies."""
     digest = hashlib.sha256()
-    unseen, unless_given = {"audio", "machine_made", "rights"}, {"repeats": 1}
+    unseen, unless_given = (
+        {"audio", "machine_made", "rights"},
+        {"repeats": 1, "trigger_word": "", "trigger_position": ""},
+    )
     for track in sorted(tracks, key=lambda track: track.id):
         fields = {
             name: value

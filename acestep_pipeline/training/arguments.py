@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 from ..adapter_settings import LoraSettings, describe_kind, parse_blocks, parse_targets, read_lora_config
+from ..data.text.normalisation import normalise_tags
+from ..data.text.variants import TextOptions
 from ..errors import UsageError
 from ..paths import default_data, default_model
 from ..presets import load_preset, preset_names
@@ -27,6 +29,7 @@ RESUME_SETTINGS = (
     "timestep_sigma", "seed", "train_batch_size", "gradient_accumulation_steps", "num_updates", "optimizer",
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2",
     "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "max_duration_s", "base_quantization",
+    "trigger_word", "trigger_position", "tag_shuffle", "caption_dropout",
 )  # fmt: skip
 
 
@@ -59,6 +62,10 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--train_data_dir", help="folder of audio with sidecars, or a datasets directory; unset: $ACESTEP_DATA, else /data, else ./data")
     g.add_argument("--dataset_name", help="instead of a folder, a dataset on the Hub")
     g.add_argument("--max_train_samples", type=int, help="use only N tracks, drawn by --seed")
+    g.add_argument("--trigger_word", metavar="WORD", help="a made-up word put into every track's tags, which calls the style up in prompts; a track's own (trigger_word or custom_tag in its sidecar) wins")
+    g.add_argument("--trigger_position", default="prepend", help="where it goes: prepend (first), append (last) or replace (instead of the tags)")
+    g.add_argument("--tag_shuffle", type=int, default=1, help="tell items their tags in one of N orders, the given one among them; N times the conditions to encode and keep (0.4 MB for 100 tokens); captions in sentences stay as they are")
+    g.add_argument("--caption_dropout", type=float, default=0.0, help="probability of leaving an item's tags out, so that the trigger word (kept, as are lyrics, BPM and key) has to stand for them; one more condition a text; not guidance's --cfg_dropout, which drops all")
     g.add_argument("--min_duration_s", type=float, default=10.0, help="skip shorter tracks (the model makes 10 to 600 s)")
     g.add_argument("--max_duration_s", type=float, default=240.0, help="train on windows of at most this; those of a longer track cover it evenly and take turns")
     g.add_argument("--strict", action=argparse.BooleanOptionalAction, default=False, help="stop if any track has to be skipped")
@@ -114,7 +121,7 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio, or none; metrics.jsonl is always written")
     g.add_argument("--logging_dir", default="logs", help="the tracker's folder, inside the output directory")
     g.add_argument("--num_validation_samples", type=int, default=1, help="clips generated with and without the adapter at the end; 0: none")
-    g.add_argument("--validation_prompt", help="their prompt; unset: the tags, lyrics and key of the first tracks")
+    g.add_argument("--validation_prompt", help="their prompt, with the trigger word if it lacks it; unset: the tags, lyrics and key of the first tracks")
     g.add_argument("--validation_duration_s", type=float, default=30.0, help="their length")
     g.add_argument("--validation_inference_steps", type=int, help="their denoising steps; unset: 50, turbo 8")
     # fmt: on
@@ -184,6 +191,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError("--adapter_type lokr needs the base unquantised; leave --base_quantization out, or use lora.")
     check_optimizer(args.optimizer, lr_scheduler=args.lr_scheduler)
     check_quantization_installed(args.base_quantization)
+    text_options(args)
     check_trackers(args.report_to)
 
 
@@ -206,6 +214,20 @@ def lora_settings(args: argparse.Namespace) -> LoraSettings:
         lokr_decompose_both=args.lokr_decompose_both,
         rank_pattern=args.rank_pattern,
         alpha_pattern=args.alpha_pattern,
+    )
+
+
+def text_options(args: argparse.Namespace) -> TextOptions:
+    """In which words tracks are told; raises `UsageError` for values that can't work."""
+    trigger_word = normalise_tags(args.trigger_word or "")
+    if args.trigger_word is not None and not trigger_word:
+        raise UsageError(f"--trigger_word {args.trigger_word!r} holds no word; name a made-up one, or leave it out.")
+    return TextOptions(
+        trigger_word=trigger_word,
+        trigger_position=args.trigger_position,
+        tag_shuffle=args.tag_shuffle,
+        caption_dropout=args.caption_dropout,
+        seed=args.seed,
     )
 
 
@@ -272,5 +294,19 @@ def describe_run(
         ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} updates of warm-up"),
         ("precision, seed", f"{args.mixed_precision}, {args.seed}"),
         ("quantised base", args.base_quantization),
+        *_prompting_rows(facts),
         ("time", f"{training_s:.0f} s"),
+    ]
+
+
+def _prompting_rows(facts: dict) -> list[tuple[str, str]]:
+    """How to call up what was trained: the trigger words and where they go in a prompt."""
+    places = {
+        "prepend": "put it first in the prompt",
+        "append": "put it last in the prompt",
+        "replace": "prompt with it",
+    }
+    return [
+        ("trigger word", f"`{use['trigger_word']}`: {places[use['trigger_position']]} ({use['tracks']} tracks)")
+        for use in facts.get("trigger_words", ())[:20]
     ]

@@ -12,7 +12,16 @@ from ..adapter_settings import LoraSettings, describe
 from ..adapters import add_lora
 from ..condition_mask import ConditionMask
 from ..data.latent_cache import CachedTrack, LatentCache, fingerprint, prepare_tracks
-from ..data.tracks import Problem, Track, dataset_fingerprint, describe_problems, load_tracks
+from ..data.text.variants import TextOptions
+from ..data.tracks import (
+    Problem,
+    Track,
+    count_triggers,
+    dataset_fingerprint,
+    describe_problems,
+    doubts_about_text,
+    load_tracks,
+)
 from ..errors import UsageError
 from ..hardware import bf16_is_fast, default_device
 from ..pipeline import ACEStepPipeline
@@ -79,6 +88,7 @@ def prepare_inputs(
     max_duration_s: float,
     strict: bool,
     latent_cache_dir: Path,
+    text: TextOptions,
     lora: LoraSettings,
     base_quantization: str,
     gradient_checkpointing: float,
@@ -90,6 +100,7 @@ def prepare_inputs(
         accelerator: device, precision and process to work for; each process encodes its share of the tracks.
         checkpoint: arguments of `ACEStepPipeline.from_pretrained` that name the model.
         latent_cache_dir: where latents and conditions are kept.
+        text: in which words tracks are told.
         gradient_checkpointing: in what share of the blocks.
         The others are the script's flags.
 
@@ -108,13 +119,15 @@ def prepare_inputs(
         seed=seed,
         show_progress=accelerator.is_main_process,
     )
-    report_problems(problems, strict=strict, say=accelerator.print)
+    report_problems(problems + doubts_about_text(tracks, text), strict=strict, say=accelerator.print)
     pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype, vae_dtype=torch.float32)
     facts = {
         "model_sha256": fingerprint(pipeline.transformer),
         "dataset_sha256": dataset_fingerprint(tracks),
         "lora": describe(lora),
     }
+    if triggers := count_triggers(tracks, text):
+        facts["trigger_words"] = triggers
     check_same_everywhere({"the model": facts["model_sha256"], "the training data": facts["dataset_sha256"]})
     quantize_base(pipeline.transformer, base_quantization, device=device)
     # Before the cache is filled, so that a wrong target fails early.
@@ -122,7 +135,13 @@ def prepare_inputs(
     if base_quantization != "none":
         leave_base_out_of_ddp(pipeline.transformer)
     cached = cache_tracks(
-        accelerator, pipeline, tracks, directory=latent_cache_dir, max_duration_s=max_duration_s, strict=strict
+        accelerator,
+        pipeline,
+        tracks,
+        directory=latent_cache_dir,
+        text=text,
+        max_duration_s=max_duration_s,
+        strict=strict,
     )
     if gradient_checkpointing:
         enable_gradient_checkpointing(pipeline.transformer, gradient_checkpointing)
@@ -149,6 +168,7 @@ def cache_tracks(
     tracks: list[Track],
     *,
     directory: Path,
+    text: TextOptions,
     max_duration_s: float,
     strict: bool,
 ) -> list[CachedTrack]:
@@ -157,7 +177,7 @@ def cache_tracks(
     A machine that doesn't share the others' directory then encodes for itself what it lacks of their shares.
     """
     pipeline.move_encoders(accelerator.device)
-    cache = LatentCache(directory, pipeline)
+    cache = LatentCache(directory, pipeline, text)
     own, found = prepare_tracks(
         cache,
         tracks[accelerator.process_index :: accelerator.num_processes],

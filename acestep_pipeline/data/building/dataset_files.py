@@ -28,7 +28,8 @@ _KINDS = {
     "repeats": "int32",
 }
 TRACK_COLUMNS = ("id", "tags", "lyrics", "language", "genre", "bpm", "keyscale", "timesignature", "duration_s",
-                 "sample_rate", "channels", "sha256", "sampling_weight", "repeats", "machine_made")  # fmt: skip
+                 "sample_rate", "channels", "sha256", "sampling_weight", "repeats", "trigger_word", "trigger_position",
+                 "machine_made")  # fmt: skip
 RIGHTS_COLUMNS = ("title", "artist", "rights_holder", "isrc", "license", "source")
 COLUMNS = TRACK_COLUMNS + RIGHTS_COLUMNS
 

@@ -42,7 +42,8 @@ def normalise_text(record: dict) -> tuple[dict, list[str]]:
     Where there are no tags, the genre stands in their place.
 
     Returns:
-        `TEXT_FIELDS`, `machine_made`, `sampling_weight` and `repeats`, and the warnings.
+        `TEXT_FIELDS`, `machine_made`, `sampling_weight`, `repeats`, and the trigger word and its position (each may be
+        empty), and the warnings.
     """
     warnings: list[str] = []
     genre = _line(record.get("genre"))
@@ -51,7 +52,7 @@ def normalise_text(record: dict) -> tuple[dict, list[str]]:
         "keyscale": _keyscale(record.get("keyscale"), warnings),
         "timesignature": _timesignature(record.get("timesignature"), warnings),
     }
-    tags = _take_terms(split_tags(_with_custom_tag(record, warnings)), fields, warnings)
+    tags = _take_terms(split_tags(_text(record.get("tags"))), fields, warnings)
     if not tags:
         tags = _take_terms(split_tags(genre), fields, warnings)
     if len(tags) > MANY_TAGS:
@@ -69,6 +70,8 @@ def normalise_text(record: dict) -> tuple[dict, list[str]]:
         "language": language,
         "genre": genre,
         **fields,
+        "trigger_word": normalise_tags(_line(record.get("trigger_word"))),
+        "trigger_position": _trigger_position(record.get("trigger_position"), warnings),
         "machine_made": tuple(sorted(machine_made)),
         "sampling_weight": _weight(record.get("sampling_weight"), warnings),
         "repeats": _repeats(record.get("repeats"), warnings),
@@ -181,16 +184,12 @@ def _take_terms(tags: list[str], fields: dict, warnings: list[str]) -> list[str]
     return kept
 
 
-def _with_custom_tag(record: dict, warnings: list[str]) -> str:
-    """The tags with the official trainer's `custom_tag` (a trigger word) where `tag_position` says."""
-    tags, custom = _text(record.get("tags")), _line(record.get("custom_tag"))
-    if not custom:
-        return tags
-    position = _line(record.get("tag_position")).casefold() or TAG_POSITIONS[0]
-    if position not in TAG_POSITIONS:
-        warnings.append(f"its tag_position {shown(position)} is not {', '.join(TAG_POSITIONS)}; it goes first")
-        position = TAG_POSITIONS[0]
-    return {"prepend": f"{custom}, {tags}", "append": f"{tags}, {custom}", "replace": custom}[position]
+def _trigger_position(value: object, warnings: list[str]) -> str:
+    position = _line(value).casefold()
+    if position in ("", *TAG_POSITIONS):
+        return position
+    warnings.append(f"its trigger_position {shown(position)} is not {', '.join(TAG_POSITIONS)}; left empty")
+    return ""
 
 
 def _machine_made(value: object) -> list[str]:
