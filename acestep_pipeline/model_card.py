@@ -43,7 +43,7 @@ audio = pipe({{ prompt }}, audio_duration=60).audios
 `acestep-lora generate --adapter DIR --prompt "..." --output out.wav`.
 {% if note %}
 {{ note }}
-{% endif -%}
+{% endif %}
 
 ## Training
 

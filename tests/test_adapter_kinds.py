@@ -119,6 +119,7 @@ def test_it_resumes_to_the_bit(run, demo_dir):
 def test_its_card_says_what_it_is_and_how_it_loads(run):
     kind, output, _, _, _ = run
     card = ModelCard.load(output / "README.md")
+    assert "\n\n## Training\n" in card.text
     name = "LoKr" if "lokr" in kind else "DoRA" if kind == "dora" else "LoRA"
     assert f"A {name} for [ACE-Step" in card.text and f"| {name} | rank" in card.text
     assert ("lokr" in card.data.tags) == ("pipe.transformer.load_lora_adapter(" in card.text) == ("lokr" in kind)

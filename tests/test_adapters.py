@@ -19,7 +19,7 @@ from acestep_pipeline.adapter_settings import (
     parse_targets,
     read_lora_config,
 )
-from acestep_pipeline.adapters import LORA_WEIGHTS_NAME, add_lora, resolve_target_modules, save_lora
+from acestep_pipeline.adapters import LORA_WEIGHTS_NAME, add_lora, lora_state_dict, resolve_target_modules, save_lora
 from acestep_pipeline.errors import UsageError
 
 # Plain diffusers' Oobleck, loaded here for comparison, uses it.
@@ -446,3 +446,24 @@ def test_scaling_of_a_large_rank():
             transformer = AceStepTransformer1DModel(num_hidden_layers=1)
             add_lora(transformer, LoraSettings(r=16, lora_alpha=40.0, use_rslora=rslora), seed=0)
         assert {layer.scaling["default"] for layer in lora_layers(transformer).values()} == {40.0 / root}
+
+
+def test_dropout_of_training_is_not_heard(tiny_dir, tiny_pipeline, tmp_path):
+    """Plain diffusers leaves what it loads in training mode: our files name no dropout, and ours hears none at all."""
+    transformer = AceStepTransformer1DModel.from_pretrained(tiny_dir, subfolder="transformer")
+    trained(transformer, LoraSettings(r=4, lora_alpha=12.0, lora_dropout=0.5))
+    expected = velocity(transformer.eval())
+    save_lora(transformer, tmp_path / "ours")
+    layers = {f"transformer.{name}": tensor for name, tensor in lora_state_dict(transformer).items()}
+    config = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 12.0, "transformer.lora_dropout": 0.5,
+                         "transformer.target_modules": list(DEFAULT_TARGET_MODULES)})  # fmt: skip
+    (tmp_path / "foreign").mkdir()
+    save_file(layers, tmp_path / "foreign" / LORA_WEIGHTS_NAME, metadata={"lora_adapter_metadata": config})
+
+    plain = AceStepPipeline.from_pretrained(tiny_dir)
+    plain.load_lora_weights(tmp_path / "ours")
+    assert torch.equal(velocity(plain), expected)
+    for name in ("ours", "foreign"):
+        tiny_pipeline.load_lora_weights(tmp_path / name)
+        assert torch.equal(velocity(tiny_pipeline), expected), name
+        tiny_pipeline.unload_lora_weights()
