@@ -13,27 +13,31 @@ import gc
 import math
 import sys
 import time
+from pathlib import Path
 
 from acestep_pipeline.errors import RunError, one_sentence_errors
 from acestep_pipeline.paths import cache_dir
 from acestep_pipeline.training import arguments
 from acestep_pipeline.training.run_directory import (
     check_run_directory,
+    clear_leftovers,
     clear_run,
     describe_kept,
     find_checkpoint,
 )
 
 
-def check(args: argparse.Namespace) -> dict[str, str]:
-    """Everything that can be refused within a second, before torch is even imported; returns what was chosen."""
+def check(args: argparse.Namespace) -> tuple[dict[str, str], Path | None]:
+    """Everything that can be refused within a second, before torch is even imported.
+
+    Returns:
+        What was chosen, and the checkpoint to resume from.
+    """
     sources = arguments.choose_sources(args)
     arguments.check_args(args)
     resuming = args.resume_from_checkpoint is not None
     check_run_directory(args.output_dir, resuming=resuming, overwrite=args.overwrite_output_dir)
-    if resuming:
-        find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    return sources
+    return sources, find_checkpoint(args.output_dir, args.resume_from_checkpoint) if resuming else None
 
 
 def squared_error(model, batch: dict, condition_mask, silence_latent, null_condition_emb):
@@ -64,7 +68,7 @@ def squared_error(model, batch: dict, condition_mask, silence_latent, null_condi
 
 def train(args: argparse.Namespace) -> None:
     """The whole run: accelerator → models and data → optimizer → resume → the loop → save."""
-    sources = check(args)
+    sources, checkpoint = check(args)
 
     import torch
     from torch.utils.data import DataLoader
@@ -76,6 +80,7 @@ def train(args: argparse.Namespace) -> None:
     from acestep_pipeline.progress import progress_bar
     from acestep_pipeline.training import checkpointing, optimization, setup, tracking
     from acestep_pipeline.training.final_report import write_final_report
+    from acestep_pipeline.training.interruption import Interruption, interrupted, shield_worker
     from acestep_pipeline.training.validation import choose_prompts
 
     # ------------------------------------------------------------------------------------------------ accelerator
@@ -166,18 +171,18 @@ def train(args: argparse.Namespace) -> None:
     }
     settings = arguments.resume_settings(args) | facts
     settings |= {"num_processes": num_processes, "tracks": [track.id for track in tracks]}
-    done, checkpoint = 0, None
-    if args.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        if checkpoint is None:
-            say(f"There is no checkpoint in {args.output_dir} yet: starting from the beginning.")
-        else:
-            checkpointing.check_same_settings(checkpoint, settings)
-            done = checkpointing.load_checkpoint(checkpoint, **state)
-            say(f"Resuming from {checkpoint}: {done} of {num_updates} updates are done.")
+    done = 0
+    if checkpoint is not None:
+        checkpointing.check_same_settings(checkpoint, settings)
+        done = checkpointing.load_checkpoint(checkpoint, **state)
+        say(f"Resuming from {checkpoint}: {done} of {num_updates} updates are done.")
+    elif args.resume_from_checkpoint is not None:
+        say(f"There is no checkpoint in {args.output_dir} yet: starting from the beginning.")
     if main:
         if args.overwrite_output_dir and checkpoint is None:
             clear_run(args.output_dir)
+        for removed in clear_leftovers(args.output_dir, update=done):
+            say(f"Removed {removed}: it lies beyond the update that is resumed from, and is made again.")
         tracking.write_training_args(args.output_dir, arguments=vars(args), facts=facts)
         metrics_file = tracking.MetricsFile(args.output_dir, first_update=done)
     accelerator.wait_for_everyone()
@@ -198,11 +203,13 @@ def train(args: argparse.Namespace) -> None:
         tag_shuffle=args.tag_shuffle,
         caption_dropout=args.caption_dropout,
     )
+    checkpoint_every = {"every_updates": args.checkpointing_steps, "every_epochs": args.checkpointing_epochs}
     channels = inputs.silence_latent.shape[-1]
     started = time.monotonic()
+    interruption, stop = Interruption(), 0  # from here SIGTERM and SIGINT wait for the end of an update
     progress = progress_bar(total=num_updates, initial=done, desc="Training", unit="update", disable=not main)
 
-    while done < num_updates:
+    while done < num_updates and not stop:
         epoch = done // per_epoch
         plan = planner.plan(epoch)[done % per_epoch :][: num_updates - done]
         own_micro_batches = [micro for update in plan for micro in update[rank]]
@@ -212,6 +219,7 @@ def train(args: argparse.Namespace) -> None:
                 batch_size=None,
                 num_workers=args.dataloader_num_workers,
                 pin_memory=device.type == "cuda",
+                worker_init_fn=shield_worker,
             )
         )
         for update in plan:
@@ -233,7 +241,7 @@ def train(args: argparse.Namespace) -> None:
                 update_loss += loss.detach()
 
             grad_norm = float(accelerator.clip_grad_norm_(inputs.lora_parameters, args.max_grad_norm))
-            update_loss = accelerator.reduce(update_loss, "sum").item()
+            update_loss, stop = interruption.agree(accelerator, update_loss)
             # An infinite gradient is fp16's way of finding its scale: the scaler skips that step.
             if not math.isfinite(update_loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
                 names = ", ".join(sorted({tracks[item.track].id for item in items}))
@@ -255,16 +263,22 @@ def train(args: argparse.Namespace) -> None:
             if main:
                 seconds = round(time.monotonic() - started, 3)
                 metrics_file.write({"update": done, "epoch": epoch, **line, "seconds": seconds})
-                if done % args.checkpointing_steps == 0 or done == num_updates:
+                if stop or done == num_updates or checkpointing.is_due(done, per_epoch=per_epoch, **checkpoint_every):
                     limit = args.checkpoints_total_limit
+                    metrics_file.flush_to_disk()
                     checkpointing.save_checkpoint(
                         args.output_dir, update=done, settings=settings, total_limit=limit, **state
                     )
+            if stop:
+                break
     progress.close()
 
     # -------------------------------------------------------------------------------------------------------- save
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    interruption.release()
+    if stop:
+        raise interrupted(stop, done=done, num_updates=num_updates, output_dir=args.output_dir)
     if not main:
         return
     training_s = time.monotonic() - started

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 
 # How long a process waits for the launcher to end it because another one had the same error.
@@ -18,9 +20,17 @@ class RunError(Exception):
     """The work itself failed (exit status 1). The message says what was kept and what to do next."""
 
 
+class Interrupted(Exception):
+    """A signal asked the work to stop, and it did so in order (exit status 128 + signal)."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
 @contextlib.contextmanager
 def one_sentence_errors(*, debug: bool = False) -> Iterator[None]:
-    """Turn `UsageError` and `RunError` into one sentence on stderr and exit status 2 or 1.
+    """Turn `UsageError` and `RunError` into one sentence on stderr and exit status 2 or 1, signals into 128 + signal.
 
     Every other exception is a defect of ours and keeps its traceback. With `debug` (or `ACESTEP_DEBUG=1`) these two
     keep theirs as well.
@@ -30,6 +40,7 @@ def one_sentence_errors(*, debug: bool = False) -> Iterator[None]:
     except (UsageError, RunError) as error:
         if debug or os.environ.get("ACESTEP_DEBUG") == "1":
             raise
+        traceback.clear_frames(error.__traceback__)  # lets go of an open progress bar, which ends its line
         rank, process = os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")
         # What is wrong for every process of a machine is said by its first, whose end makes the launcher end the
         # others. One that is still there after a while is alone with its error.
@@ -37,3 +48,8 @@ def one_sentence_errors(*, debug: bool = False) -> Iterator[None]:
             time.sleep(ALONE_AFTER_S)
         print("error: " if rank == "0" else f"error (process {process}): ", error, sep="", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except (Interrupted, KeyboardInterrupt) as stop:
+        traceback.clear_frames(stop.__traceback__)
+        if os.environ.get("RANK", "0") == "0":
+            print(str(stop) or "stopped by SIGINT.", file=sys.stderr, flush=True)
+        raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None

@@ -78,6 +78,15 @@ def _replacement(partial: Path, directory: Path) -> Iterator[Path]:
         _clean_up(partial, directory)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Have a file's content, or a directory's names, written to disk: a rename alone survives no power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.training import arguments, optimization
-from acestep_pipeline.training.checkpointing import _flatten, _unflatten
 from acestep_pipeline.training.optimizers import OPTIMIZERS, check_optimizer
+from acestep_pipeline.training.plain_state import join_state, split_state
 from tests.training_runs import metrics, train_here
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -61,12 +61,12 @@ def test_state_survives_json_and_tensors(name, tmp_path):
 
     steps(optimizer, parameters, range(3))
     with optimization.averaged_weights(optimizer):
-        tensors, values = _flatten(optimizer.state_dict())
+        tensors, values = split_state(optimizer.state_dict())
         saved = [parameter.detach().clone() for parameter in parameters]
     with optimization.averaged_weights(restored):
         for clone, value in zip(clones, saved, strict=True):
             clone.data.copy_(value)
-        restored.load_state_dict(_unflatten(tensors, json.loads(json.dumps(values))))
+        restored.load_state_dict(join_state(tensors, json.loads(json.dumps(values))))
     for own, clone in zip(parameters, clones, strict=True):
         assert torch.equal(own, clone)
     steps(optimizer, parameters, range(3, 6))

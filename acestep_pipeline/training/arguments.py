@@ -115,9 +115,10 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--output_dir", help="where the adapter goes; unset: output/<exp_name>")
     g.add_argument("--exp_name", help="unset: <preset>-<data folder>")
     g.add_argument("--overwrite_output_dir", action=argparse.BooleanOptionalAction, default=False, help="start over in a directory that holds a run")
-    g.add_argument("--checkpointing_steps", "--every_n_train_steps", type=int, default=500, help="a checkpoint every N updates, and one at the end")
+    g.add_argument("--checkpointing_steps", "--every_n_train_steps", type=int, help="a checkpoint every N updates, and always one at the end; unset: 500, or none with --checkpointing_epochs")
+    g.add_argument("--checkpointing_epochs", type=int, help="a checkpoint every N epochs")
     g.add_argument("--checkpoints_total_limit", type=int, default=3, help="keep only the newest N checkpoints")
-    g.add_argument("--resume_from_checkpoint", help="latest, or a checkpoint folder")
+    g.add_argument("--resume_from_checkpoint", help="latest (the newest one that is whole), or a checkpoint folder")
     g.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio, or none; metrics.jsonl is always written")
     g.add_argument("--logging_dir", default="logs", help="the tracker's folder, inside the output directory")
     g.add_argument("--num_validation_samples", type=int, default=1, help="clips generated with and without the adapter at the end; 0: none")
@@ -147,6 +148,8 @@ def parse_args(input_args=None) -> argparse.Namespace:
     args = p.parse_args(input_args)
     if args.use_8bit_adam:
         args.optimizer = choose_eight_bit(args.optimizer)
+    if args.checkpointing_steps is None and args.checkpointing_epochs is None:
+        args.checkpointing_steps = 500
     return args
 
 
@@ -156,9 +159,9 @@ def check_args(args: argparse.Namespace) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--{name} must be a finite number, not {value}.")
     positive = ("rank", "lora_alpha", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
-                "max_train_samples", "learning_rate", "max_grad_norm", "checkpointing_steps", "checkpoints_total_limit",
-                "timestep_sigma", "validation_duration_s", "validation_inference_steps", "lr_num_cycles",
-                "adam_epsilon")  # fmt: skip
+                "max_train_samples", "learning_rate", "max_grad_norm", "checkpointing_steps", "checkpointing_epochs",
+                "checkpoints_total_limit", "timestep_sigma", "validation_duration_s", "validation_inference_steps",
+                "lr_num_cycles", "adam_epsilon")  # fmt: skip
     for name in positive:
         value = getattr(args, name)
         if value is not None and not value > 0:

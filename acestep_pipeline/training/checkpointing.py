@@ -3,7 +3,6 @@
 No random state is saved: order, noise, timesteps, windows and dropout are keyed by (seed, update) (`data.batching`).
 """
 
-import copy
 import json
 import os
 import shutil
@@ -11,16 +10,30 @@ from pathlib import Path
 
 import torch
 from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..adapters import save_lora
 from ..errors import RunError, UsageError
-from ..files import write_tensors
+from ..files import flush_to_disk, write_tensors
 from ..paths import LORA_WEIGHTS_NAME
+from .manifest import seal
 from .optimization import averaged_weights
-from .run_directory import CHECKPOINT_PREFIX, STATE_NAME, describe_kept, list_checkpoints
+from .plain_state import join_state, split_state
+from .run_directory import (
+    CHECKPOINT_PREFIX,
+    STATE_NAME,
+    describe_kept,
+    discard,
+    list_checkpoints,
+    partial_name,
+)
 
-OPTIMIZER_NAME = "optimizer.safetensors"
+
+def is_due(done: int, *, per_epoch: int, every_updates: int | None, every_epochs: int | None) -> bool:
+    """Whether there is a checkpoint after update `done`: every so many updates, and every so many epochs."""
+    intervals = [every_updates, every_epochs and every_epochs * per_epoch]
+    return any(interval and done % interval == 0 for interval in intervals)
 
 
 def save_checkpoint(
@@ -29,57 +42,55 @@ def save_checkpoint(
     update: int,
     transformer: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler | None,
     settings: dict,
     total_limit: int | None,
+    **others,
 ) -> Path:
     """Write `checkpoint-<update>` under a temporary name, rename it, then remove the oldest beyond `total_limit`.
 
-    Call it on the main process. The folder is a loadable adapter as well.
+    Call it on the main process. The folder is a loadable adapter as well. `others` are what else a run consists of:
+    anything with `state_dict()` and `load_state_dict()` (schedule, scaler, ...), or None.
 
     Raises:
-        RunError: the adapter has NaN or infinite weights; nothing is written or removed then.
+        RunError: the adapter has NaN or infinite weights, or the disk is full; older checkpoints are as they were.
     """
     if not all(parameter.isfinite().all() for parameter in transformer.parameters() if parameter.requires_grad):
         raise RunError(
             f"update {update} made the adapter's weights NaN or infinite; try a lower --learning_rate. "
             f"{describe_kept(output_dir)}"
         )
+    parts = {"optimizer": optimizer, **others}
     final = Path(output_dir) / f"{CHECKPOINT_PREFIX}{update}"
-    temporary = Path(output_dir) / f".partial-{final.name}"
+    temporary = partial_name(final)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with averaged_weights(optimizer):
-        save_lora(transformer, temporary)
-        tensors, values = _flatten(optimizer.state_dict())
-    write_tensors(temporary / OPTIMIZER_NAME, tensors)
-    state = {
-        "update": update,
-        "settings": settings,
-        "optimizer": values,
-        "lr_scheduler": lr_scheduler.state_dict(),
-        "scaler": scaler.state_dict() if scaler is not None else None,
-    }
-    (temporary / STATE_NAME).write_text(json.dumps(state, indent=1))
-    if final.exists():  # an interrupted run that was resumed from an older checkpoint passes here again
-        shutil.rmtree(final)
-    os.replace(temporary, final)
+    try:
+        temporary.mkdir(parents=True)
+        with averaged_weights(optimizer):
+            save_lora(transformer, temporary)
+            values = {name: _write_part(temporary, name, part) for name, part in parts.items()}
+        state = {"update": update, "settings": settings, "parts": values}
+        (temporary / STATE_NAME).write_text(json.dumps(state, indent=1))
+        seal(temporary)
+        if final.exists():  # a run that was resumed from an older checkpoint passes here again
+            discard(final)
+        os.replace(temporary, final)
+        flush_to_disk(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(
+            f"{final} can't be written ({error}); make room and continue with --resume_from_checkpoint latest. "
+            f"{describe_kept(output_dir)}"
+        ) from error
     if total_limit is not None:
-        for old in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
+        for old in list_checkpoints(output_dir, up_to=update)[:-total_limit]:
+            discard(old)
     return final
 
 
 def load_checkpoint(
-    checkpoint: Path,
-    *,
-    transformer: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler | None,
+    checkpoint: Path, *, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer, **others
 ) -> int:
-    """Restore adapter, optimizer, schedule and scaler in place; returns the number of updates done."""
+    """Restore what `save_checkpoint` was given, in place; returns the number of updates done."""
     state = json.loads((checkpoint / STATE_NAME).read_text())
     weights = load_file(checkpoint / LORA_WEIGHTS_NAME)
     adapter = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
@@ -87,10 +98,10 @@ def load_checkpoint(
         result = set_peft_model_state_dict(transformer, adapter)
         if result.unexpected_keys:
             raise UsageError(f"{checkpoint} has weights for modules this adapter lacks: {result.unexpected_keys[:3]}.")
-        optimizer.load_state_dict(_unflatten(load_file(checkpoint / OPTIMIZER_NAME), state["optimizer"]))
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
+        for name, part in {"optimizer": optimizer, **others}.items():
+            if part is not None and state["parts"].get(name) is not None:
+                file = _part_file(checkpoint, name)
+                part.load_state_dict(join_state(load_file(file) if file.exists() else {}, state["parts"][name]))
     return state["update"]
 
 
@@ -114,37 +125,15 @@ def check_same_settings(checkpoint: Path, settings: dict) -> None:
         )
 
 
-def _flatten(state_dict: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """An optimizer's state as tensors named `<parameter>.<name>`, and everything else as JSON values.
-
-    bitsandbytes keeps part of a parameter's state in a dict of its own: those are `<parameter>.<group>.<name>`.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-
-    def plain(values: dict, prefix: str) -> dict:
-        """The JSON values of a parameter's state; its tensors go to `tensors`."""
-        kept = {}
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                # A copy: parameters may share one tensor (bitsandbytes' quantisation maps), which safetensors refuses.
-                tensors[f"{prefix}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
-            else:
-                kept[name] = plain(value, f"{prefix}.{name}") if isinstance(value, dict) else value
-        return kept
-
-    state = {str(index): plain(values, str(index)) for index, values in state_dict["state"].items()}
-    return tensors, {"param_groups": state_dict["param_groups"], "state": state}
+def _part_file(checkpoint: Path, name: str) -> Path:
+    return checkpoint / f"{name}.safetensors"
 
 
-def _unflatten(tensors: dict[str, torch.Tensor], values: dict) -> dict:
-    state = copy.deepcopy(values["state"])
-    for key, tensor in tensors.items():
-        *path, name = key.split(".")
-        entries = state
-        for part in path:
-            entries = entries[part]
-        entries[name] = tensor
-    return {
-        "state": {int(index): entries for index, entries in state.items()},
-        "param_groups": values["param_groups"],
-    }
+def _write_part(checkpoint: Path, name: str, part) -> dict | None:
+    """Write a part's tensors; returns the rest of its state as JSON values."""
+    if part is None:
+        return None
+    tensors, values = split_state(part.state_dict())
+    if tensors:
+        write_tensors(_part_file(checkpoint, name), tensors)
+    return values

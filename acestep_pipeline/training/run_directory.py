@@ -9,13 +9,14 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..paths import LORA_WEIGHTS_NAME, probe_writable
+from .manifest import find_damage
 from .tracking import ARGS_NAME, METRICS_NAME
 
 CARD_NAME = "README.md"
 PLOT_NAME = "loss.png"
 SAMPLES_DIR = "samples"
 CHECKPOINT_PREFIX = "checkpoint-"
-# Written last: a checkpoint is a folder that has it.
+PARTIAL_PREFIX = ".partial-"
 STATE_NAME = "trainer_state.json"
 
 
@@ -52,7 +53,7 @@ def check_run_directory(output_dir: Path, *, resuming: bool, overwrite: bool) ->
 
 
 def _run_folders(output_dir: Path) -> list[Path]:
-    return [*list_checkpoints(output_dir), *output_dir.glob(".partial-checkpoint-*")]
+    return [*list_checkpoints(output_dir), *output_dir.glob(f"{PARTIAL_PREFIX}{CHECKPOINT_PREFIX}*")]
 
 
 def _run_files(output_dir: Path) -> list[Path]:
@@ -72,14 +73,46 @@ def clear_run(output_dir: Path) -> None:
         samples.rmdir()
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints in `output_dir`, oldest first."""
-    found = [
-        path
+def list_checkpoints(output_dir: Path, *, up_to: int | None = None) -> list[Path]:
+    """Folders with a checkpoint's name in `output_dir`, oldest first; with `up_to`, none of a later update."""
+    found = {
+        int(number): path
         for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*")
-        if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+        if (number := path.name.removeprefix(CHECKPOINT_PREFIX)).isdigit()
+    }
+    return [found[update] for update in sorted(found) if up_to is None or update <= up_to]
+
+
+def partial_name(checkpoint: Path) -> Path:
+    """Where a checkpoint lies while it is being written or removed."""
+    return checkpoint.with_name(f"{PARTIAL_PREFIX}{checkpoint.name}")
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; it loses its name first, so that no kill leaves half of it under that."""
+    doomed = checkpoint.with_name(f"{PARTIAL_PREFIX}{checkpoint.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def clear_leftovers(output_dir: Path, *, update: int) -> list[Path]:
+    """Before a run goes on after `update`: remove what a killed one left half-written, and later checkpoints.
+
+    These are damaged, or the user went back behind them; their updates are about to be repeated.
+
+    Returns:
+        The checkpoints that were removed.
+    """
+    own = (CHECKPOINT_PREFIX, *(file.name for file in _run_files(output_dir)))
+    for name in own:
+        for partial in output_dir.glob(f"{PARTIAL_PREFIX}{name}*"):
+            shutil.rmtree(partial)
+    kept = set(list_checkpoints(output_dir, up_to=update))
+    later = [path for path in list_checkpoints(output_dir) if path not in kept]
+    for path in reversed(later):
+        discard(path)
+    return later
 
 
 def describe_kept(output_dir: Path) -> str:
@@ -89,18 +122,38 @@ def describe_kept(output_dir: Path) -> str:
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
-    """The checkpoint to resume from: the newest for `latest` (None if there is none yet), else the path given.
+    """The checkpoint to resume from: for `latest` the newest that is whole (None if there is none), else that path.
+
+    The first process of a machine warns of each newer one that is damaged.
 
     Raises:
-        UsageError: the path is not a checkpoint of this program.
+        UsageError: the path is not a checkpoint of this program, or is damaged; or all checkpoints are.
     """
     if resume_from_checkpoint == "latest":
-        checkpoints = list_checkpoints(output_dir)
-        return checkpoints[-1] if checkpoints else None
+        return _newest_whole(output_dir)
     for path in (Path(resume_from_checkpoint).expanduser(), Path(output_dir) / resume_from_checkpoint):
         if (path / STATE_NAME).is_file():
+            if damage := find_damage(path):
+                raise UsageError(f"--resume_from_checkpoint {path} is damaged: {damage}; use another, or 'latest'.")
             return path
     raise UsageError(
         f"--resume_from_checkpoint {resume_from_checkpoint} is no checkpoint (no {STATE_NAME} in it); "
         "name a checkpoint-<update> folder, or use 'latest'."
     )
+
+
+def _newest_whole(output_dir: Path) -> Path | None:
+    warnings = []
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            if warnings and os.environ.get("LOCAL_RANK", "0") == "0":
+                print("\n".join([*warnings, f"warning: using {checkpoint} instead."]), flush=True)
+            return checkpoint
+        warnings.append(f"warning: {checkpoint} is damaged and not used: {damage}.")
+    if warnings:
+        raise UsageError(
+            f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged; {warnings[0][9:-1]}. "
+            "Start from the beginning with --overwrite_output_dir and without --resume_from_checkpoint."
+        )
+    return None

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -32,6 +33,10 @@ class MetricsFile:
         """Append one update's values."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+    def flush_to_disk(self) -> None:
+        """Before a checkpoint: a power cut must not lose the lines of updates that no run will repeat."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
