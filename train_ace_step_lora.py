@@ -9,7 +9,7 @@ This file is the training loop; what it is made of is in `acestep_pipeline/`. Th
 
 import argparse
 import contextlib
-import gc
+import functools
 import math
 import sys
 import time
@@ -82,6 +82,8 @@ def train(args: argparse.Namespace) -> None:
     from acestep_pipeline.training.final_report import write_final_report
     from acestep_pipeline.training.interruption import Interruption, interrupted, shield_worker
     from acestep_pipeline.training.validation import choose_prompts
+    from acestep_pipeline.training.validation_loss import LossMeter
+    from acestep_pipeline.training.validator import Validator
 
     # ------------------------------------------------------------------------------------------------ accelerator
     accelerator = setup.build_accelerator(
@@ -114,6 +116,10 @@ def train(args: argparse.Namespace) -> None:
         checkpoint=checkpoint_source,
         train_data_dir=args.train_data_dir,
         dataset_name=args.dataset_name,
+        validation_data_dir=args.validation_data_dir,
+        validation_fraction=args.validation_fraction,
+        max_validation_samples=args.max_validation_samples,
+        validation_seed=args.validation_seed,
         max_train_samples=args.max_train_samples,
         min_duration_s=args.min_duration_s,
         max_duration_s=args.max_duration_s,
@@ -162,14 +168,43 @@ def train(args: argparse.Namespace) -> None:
     # The schedule counts updates, not processes: it is stepped below, and not prepared.
     model, optimizer = accelerator.prepare(transformer, optimizer)
 
+    # -------------------------------------------------------------------------------------------------- validation
+    meter = LossMeter(
+        accelerator,
+        model,
+        functools.partial(
+            squared_error,
+            condition_mask=inputs.condition_mask,
+            silence_latent=inputs.silence_latent,
+            null_condition_emb=inputs.null_condition_emb,
+        ),
+        config=transformer.config,
+        num_draws=args.num_validation_draws,
+        seed=args.validation_seed,
+    )
+    validator = Validator(
+        meter,
+        inputs.held_out,
+        output_dir=args.output_dir,
+        steps=arguments.validation_steps(
+            args,
+            updates_per_epoch=per_epoch,
+            items_per_update=planner.items_per_update,
+            num_held_out=len(inputs.held_out),
+        ),
+        patience=args.early_stopping_patience,
+        log_to_tracker=args.report_to != "none",
+    )
+
     # ------------------------------------------------------------------------------------------------------ resume
     state = {
         "transformer": transformer,
         "optimizer": optimizer,
         "lr_scheduler": lr_scheduler,
         "scaler": accelerator.scaler,
+        "validator": validator,
     }
-    settings = arguments.resume_settings(args) | facts
+    settings = arguments.resume_settings(args, held_out=[track.id for track in inputs.held_out]) | facts
     settings |= {"num_processes": num_processes, "tracks": [track.id for track in tracks]}
     done = 0
     if checkpoint is not None:
@@ -209,7 +244,9 @@ def train(args: argparse.Namespace) -> None:
     interruption, stop = Interruption(), 0  # from here SIGTERM and SIGINT wait for the end of an update
     progress = progress_bar(total=num_updates, initial=done, desc="Training", unit="update", disable=not main)
 
-    while done < num_updates and not stop:
+    if done == 0:
+        validator.validate(transformer, update=0)
+    while done < num_updates and not stop and not validator.should_stop:
         epoch = done // per_epoch
         plan = planner.plan(epoch)[done % per_epoch :][: num_updates - done]
         own_micro_batches = [micro for update in plan for micro in update[rank]]
@@ -231,8 +268,8 @@ def train(args: argparse.Namespace) -> None:
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
                 # Dropout is keyed like all else that is random, so that a resumed run repeats it.
                 torch.manual_seed(batching.keyed_seed(args.seed, "dropout", done, step, rank))
-                last = step == len(update[rank]) - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                sync = step == len(update[rank]) - 1
+                with contextlib.nullcontext() if sync else accelerator.no_sync(model):
                     error = squared_error(
                         model, batch, inputs.condition_mask, inputs.silence_latent, inputs.null_condition_emb
                     )
@@ -255,6 +292,10 @@ def train(args: argparse.Namespace) -> None:
                 lr_scheduler.step()
             optimizer.zero_grad()
             done += 1
+            if validator.is_due(done, num_updates):
+                with optimization.averaged_weights(optimizer):
+                    validator.validate(transformer, update=done)
+            over = stop or done == num_updates or validator.should_stop
 
             progress.set_postfix(loss=f"{update_loss:.4f}", lr=f"{line['lr']:.2e}", refresh=False)
             progress.update()
@@ -263,31 +304,36 @@ def train(args: argparse.Namespace) -> None:
             if main:
                 seconds = round(time.monotonic() - started, 3)
                 metrics_file.write({"update": done, "epoch": epoch, **line, "seconds": seconds})
-                if stop or done == num_updates or checkpointing.is_due(done, per_epoch=per_epoch, **checkpoint_every):
+                if over or checkpointing.is_due(done, per_epoch=per_epoch, **checkpoint_every):
                     limit = args.checkpoints_total_limit
                     metrics_file.flush_to_disk()
                     checkpointing.save_checkpoint(
                         args.output_dir, update=done, settings=settings, total_limit=limit, **state
                     )
-            if stop:
+            if over:
                 break
     progress.close()
 
     # -------------------------------------------------------------------------------------------------------- save
+    training_s = time.monotonic() - started
+    if main:
+        metrics_file.close()
+        validator.close()
+    if main and not stop:
+        with optimization.averaged_weights(optimizer):
+            save_lora(transformer, args.output_dir)
     accelerator.wait_for_everyone()
+    # Before the process group ends: a DDP model that outlives it waits in its destructor for the group's threads,
+    # which wait for the interpreter. And the report loads a model of its own.
+    del model, transformer, inputs, optimizer, state, meter, validator
+    accelerator.free_memory()
     accelerator.end_training()
     interruption.release()
     if stop:
         raise interrupted(stop, done=done, num_updates=num_updates, output_dir=args.output_dir)
     if not main:
         return
-    training_s = time.monotonic() - started
-    metrics_file.close()
-    with optimization.averaged_weights(optimizer):
-        save_lora(transformer, args.output_dir)
-    say(f"\nTrained {num_updates} updates in {training_s:.0f} s.")
-    del model, transformer, inputs, optimizer, state
-    gc.collect()
+    say(f"\nTrained {done} updates in {training_s:.0f} s.")
     report = write_final_report(
         args.output_dir,
         name=args.exp_name,

@@ -37,6 +37,19 @@ def sample_timesteps(
     return torch.sigmoid(logits).amax(dim=0)
 
 
+def timestep_quantiles(number: int, *, mu: float = TIMESTEP_MU, sigma: float = TIMESTEP_SIGMA) -> torch.Tensor:
+    """The middles of `number` equally likely parts of the distribution of `sample_timesteps`, in rising order.
+
+    The larger of two draws is below t with probability F(t)², F being one draw's distribution, so that the q-th
+    quantile is one draw's sqrt(q)-th: `sigmoid(mu + sigma * Φ⁻¹(sqrt(q)))`.
+
+    Returns:
+        float32 `[number]`, in (0, 1).
+    """
+    middles = (torch.arange(number, dtype=torch.float64) + 0.5) / number
+    return torch.sigmoid(mu + sigma * torch.special.ndtri(middles.sqrt())).float()
+
+
 def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     """The inference schedule's shift: `s * t / (1 + (s - 1) * t)`, for sigmas in [0, 1] and `shift` > 0.
 

@@ -161,7 +161,7 @@ def test_a_damaged_dataset(music, tmp_path, refused):
     Dataset.from_list(rows).cast_column("audio", Audio(decode=False)).save_to_disk(tmp_path / "dataset")
     (arrow,) = (tmp_path / "dataset").glob("*.arrow")
     os.truncate(arrow, arrow.stat().st_size // 2)
-    assert f"--train_data_dir {tmp_path / 'dataset'} is a damaged dataset" in refused(tmp_path / "dataset")
+    assert f"{tmp_path / 'dataset'} is a damaged dataset" in refused(tmp_path / "dataset")
 
 
 def test_a_dataset_that_cannot_be_loaded(tmp_path, refused):

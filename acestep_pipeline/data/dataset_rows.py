@@ -1,5 +1,6 @@
 """Reading the rows of a `datasets` directory or a Hub dataset as raw records of tracks."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,29 +28,49 @@ class EmbeddedAudio:
         return row.get("bytes") or b""
 
 
-def disk_records(directory: Path) -> Records:
-    """The rows of a directory that `Dataset.save_to_disk` wrote. Raises `UsageError` where it is damaged."""
+def disk_splits(directory: Path) -> tuple[str, ...]:
+    """Names of the splits of a directory that `DatasetDict.save_to_disk` wrote; none where it is something else."""
+    try:
+        return tuple(json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()  # no such directory, or a damaged one, which `disk_records` names
+
+
+def hub_splits(name: str) -> tuple[str, ...]:
+    """Names of the splits of anything `datasets.load_dataset` takes; none where `hub_records` would fail."""
+    from datasets import get_dataset_split_names
+
+    try:
+        return tuple(get_dataset_split_names(name))
+    except Exception:  # datasets raises many types for a missing or unreachable dataset
+        return ()
+
+
+def disk_records(directory: Path, split: str) -> Records:
+    """The rows of a directory that `Dataset.save_to_disk` wrote, of one split where it has several.
+
+    Raises:
+        UsageError: it is damaged, or has no such split.
+    """
     from datasets import DatasetDict, load_from_disk
 
     try:
         dataset = load_from_disk(str(directory))
     except Exception as error:  # datasets raises many types for a damaged directory
-        raise UsageError(
-            f"--train_data_dir {directory} is a damaged dataset ({_cause(error)}); build it again."
-        ) from error
+        raise UsageError(f"{directory} is a damaged dataset ({_cause(error)}); build it again.") from error
     if isinstance(dataset, DatasetDict):
-        if "train" not in dataset:
-            raise UsageError(f"--train_data_dir {directory} has no split 'train' (it has {', '.join(dataset)}).")
-        dataset = dataset["train"]
+        if split not in dataset:
+            raise UsageError(f"the dataset {directory} has no split {split!r} (it has {', '.join(dataset)}).")
+        dataset = dataset[split]
     return _dataset_records(dataset, str(directory))
 
 
-def hub_records(name: str) -> Records:
-    """The rows of anything `datasets.load_dataset` takes, split `train`. Raises `UsageError` where it can't be had."""
+def hub_records(name: str, split: str) -> Records:
+    """The rows of one split of anything `datasets.load_dataset` takes. Raises `UsageError` where it can't be had."""
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(name, split="train")
+        dataset = load_dataset(name, split=split)
     except Exception as error:  # datasets raises many types for a missing or unreachable dataset
         raise UsageError(f"--dataset_name {name} can't be loaded: {_cause(error)}") from error
     return _dataset_records(dataset, name)

@@ -107,6 +107,7 @@ def load_tracks(
     train_data_dir: str | Path | None = None,
     *,
     dataset_name: str | None = None,
+    split: str = "train",
     min_duration_s: float = 0.0,
     max_train_samples: int | None = None,
     seed: int = 0,
@@ -119,7 +120,8 @@ def load_tracks(
     Args:
         train_data_dir: a folder of audio with sidecars, or a directory written by `Dataset.save_to_disk`; of an
             `s3://bucket/prefix` the copy in the cache folder is brought up to date and read.
-        dataset_name: instead of the folder, a Hub id (split `train`) or anything `datasets.load_dataset` takes.
+        dataset_name: instead of the folder, a Hub id or anything `datasets.load_dataset` takes.
+        split: which rows of a dataset; a folder of audio, and a dataset on disk without splits, have no others.
         min_duration_s: shorter tracks are skipped.
         max_train_samples: only so many usable tracks, drawn from all of them by `seed`.
         seed: for `max_train_samples`.
@@ -137,11 +139,11 @@ def load_tracks(
     problems: list[Problem] = []
     num_readers = 1  # a dataset's rows are read from one file
     if dataset_name is not None:
-        total, read_record = hub_records(dataset_name)
+        total, read_record = hub_records(dataset_name, split)
     elif not source.is_dir():
         raise UsageError(f"{source} is not a folder; name one that holds audio.")
     elif (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
-        total, read_record = disk_records(source)
+        total, read_record = disk_records(source, split)
     else:
         total, read_record, problems = _folder_records(source)
         num_readers = min(_MAX_READERS, os.cpu_count() or 1)

@@ -111,6 +111,15 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="compute activations again instead of keeping them: far less memory, about a third slower")
     g.add_argument("--gradient_checkpointing_ratio", type=float, default=1.0, help="do so in this share of the blocks only: more memory, less time")
     g.add_argument("--base_quantization", choices=tuple(QUANTIZATION_PACKAGES), default="none", help="keep the frozen base in 4 bits (nf4) or 8 (int8; fp8 is coarser); the adapter is an ordinary one [quantization]")
+    g = p.add_argument_group("validation (the loss on held-out tracks: those of a dataset's split 'test', or those named here)")
+    g.add_argument("--validation_data_dir", help="hold out the tracks of this folder or dataset (of its split test, where it has one)")
+    g.add_argument("--validation_fraction", type=float, default=0.0, help="hold out this share of the tracks of --train_data_dir, the same of every genre")
+    g.add_argument("--validation_seed", type=int, default=0, help="which tracks --validation_fraction holds out, and the noise and windows they are judged by: independent of --seed, so that runs compare")
+    g.add_argument("--max_validation_samples", type=int, default=32, help="validate on at most N held-out tracks")
+    g.add_argument("--num_validation_draws", type=int, default=8, help="forward passes of each held-out track, at fixed timesteps spread over those of training")
+    g.add_argument("--validation_steps", type=int, help="validate every N updates, besides before the first and after the last; unset: about 20 times, less where that would cost more than a tenth of the training")
+    g.add_argument("--validation_epochs", type=int, help="the same in epochs")
+    g.add_argument("--early_stopping_patience", type=int, help="stop after N validations in a row without a lower loss; the adapter of the lowest is in best/")
     g = p.add_argument_group("output")
     g.add_argument("--output_dir", help="where the adapter goes; unset: output/<exp_name>")
     g.add_argument("--exp_name", help="unset: <preset>-<data folder>")
@@ -161,7 +170,8 @@ def check_args(args: argparse.Namespace) -> None:
     positive = ("rank", "lora_alpha", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
                 "max_train_samples", "learning_rate", "max_grad_norm", "checkpointing_steps", "checkpointing_epochs",
                 "checkpoints_total_limit", "timestep_sigma", "validation_duration_s", "validation_inference_steps",
-                "lr_num_cycles", "adam_epsilon")  # fmt: skip
+                "lr_num_cycles", "adam_epsilon", "max_validation_samples", "num_validation_draws", "validation_steps",
+                "validation_epochs", "early_stopping_patience")  # fmt: skip
     for name in positive:
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -178,9 +188,15 @@ def check_args(args: argparse.Namespace) -> None:
             f"--gradient_checkpointing_ratio must be in (0, 1], not {args.gradient_checkpointing_ratio}; "
             "--no-gradient_checkpointing turns it off."
         )
-    for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+    for name in ("lora_dropout", "adam_beta1", "adam_beta2", "validation_fraction"):
         if not 0 <= getattr(args, name) < 1:
             raise UsageError(f"--{name} must be in [0, 1), not {getattr(args, name)}.")
+    if args.validation_steps and args.validation_epochs:
+        raise UsageError(
+            "--validation_steps and --validation_epochs both say how often to validate; give one of them."
+        )
+    if args.validation_fraction and args.validation_data_dir:
+        raise UsageError("--validation_fraction and --validation_data_dir both hold tracks out; give one of them.")
     if not 0 <= args.seed < 2**63:
         raise UsageError(f"--seed must be in [0, 2**63), not {args.seed}.")
     if not 2 <= args.max_duration_s <= 600:
@@ -269,9 +285,42 @@ def fill_model_defaults(args: argparse.Namespace, config, *, is_turbo: bool) -> 
         args.timestep_sigma = getattr(config, "timestep_sigma", TIMESTEP_SIGMA)
 
 
-def resume_settings(args: argparse.Namespace) -> dict:
-    """What must be the same when a run is resumed. A run under a constant rate may be made longer."""
+def validation_steps(
+    args: argparse.Namespace, *, updates_per_epoch: int, items_per_update: int, num_held_out: int
+) -> int:
+    """Updates between validations, from --validation_steps, --validation_epochs or what is affordable.
+
+    Raises:
+        UsageError: a flag asks for validation, and no track is held out.
+    """
+    from .validator import default_validation_steps
+
+    for name in ("validation_steps", "validation_epochs", "early_stopping_patience"):
+        if getattr(args, name) and not num_held_out:
+            raise UsageError(
+                f"--{name} needs held-out tracks: --validation_fraction 0.1 holds a tenth of the tracks out, "
+                "--validation_data_dir names others."
+            )
+    if args.validation_epochs:
+        return args.validation_epochs * updates_per_epoch
+    return args.validation_steps or default_validation_steps(
+        args.num_updates, items_per_update=items_per_update, num_passes=num_held_out * args.num_validation_draws
+    )
+
+
+def resume_settings(args: argparse.Namespace, *, held_out: list[str]) -> dict:
+    """What must be the same when a run is resumed, `held_out` being the names of its held-out tracks. A run under a
+    constant rate may be made longer."""
     settings = {name: getattr(args, name) for name in RESUME_SETTINGS}
+    if held_out:
+        names = (
+            "num_validation_draws",
+            "validation_seed",
+            "validation_steps",
+            "validation_epochs",
+            "early_stopping_patience",
+        )
+        settings |= {"held_out": held_out, **{name: getattr(args, name) for name in names}}
     if args.lr_scheduler.startswith("constant"):
         settings["num_updates"] = None
     return settings

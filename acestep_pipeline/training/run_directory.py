@@ -10,11 +10,13 @@ from pathlib import Path
 from ..errors import UsageError
 from ..paths import LORA_WEIGHTS_NAME, probe_writable
 from .manifest import find_damage
-from .tracking import ARGS_NAME, METRICS_NAME
+from .tracking import ARGS_NAME, METRICS_NAME, VALIDATION_NAME
 
 CARD_NAME = "README.md"
 PLOT_NAME = "loss.png"
 SAMPLES_DIR = "samples"
+# The adapter at the lowest validation loss.
+BEST_DIR = "best"
 CHECKPOINT_PREFIX = "checkpoint-"
 PARTIAL_PREFIX = ".partial-"
 STATE_NAME = "trainer_state.json"
@@ -66,11 +68,13 @@ def clear_run(output_dir: Path) -> None:
     for path in _run_folders(output_dir):
         shutil.rmtree(path, ignore_errors=True)
     samples = output_dir / SAMPLES_DIR
-    own = [*_run_files(output_dir), output_dir / CARD_NAME, output_dir / PLOT_NAME]
-    for file in (*own, *samples.glob("sample-*_with*_adapter.wav")):
+    best = output_dir / BEST_DIR
+    own = [output_dir / name for name in (CARD_NAME, PLOT_NAME, VALIDATION_NAME)] + [best / LORA_WEIGHTS_NAME]
+    for file in (*_run_files(output_dir), *own, *samples.glob("sample-*_with*_adapter.wav")):
         file.unlink(missing_ok=True)
-    if samples.is_dir() and not any(samples.iterdir()):
-        samples.rmdir()
+    for folder in (samples, best):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def list_checkpoints(output_dir: Path, *, up_to: int | None = None) -> list[Path]:

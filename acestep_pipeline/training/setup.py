@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_f
 from ..adapter_settings import LoraSettings, describe
 from ..adapters import add_lora
 from ..condition_mask import ConditionMask
+from ..data.held_out import load_train_and_held_out
 from ..data.latent_cache import CachedTrack, LatentCache, fingerprint, prepare_tracks
 from ..data.text.variants import TextOptions
 from ..data.tracks import (
@@ -20,7 +21,6 @@ from ..data.tracks import (
     dataset_fingerprint,
     describe_problems,
     doubts_about_text,
-    load_tracks,
 )
 from ..errors import UsageError
 from ..hardware import bf16_is_fast, default_device
@@ -37,8 +37,8 @@ class TrainingInputs:
     """All that is in memory while the DiT trains.
 
     `condition_mask` is told before each forward pass which condition tokens are padding; `silence_latent` is
-    `[1, frames, channels]` float32, `null_condition_emb` `[1, 1, dim]`, both on the device; `facts` are hashes and
-    settings that name the run.
+    `[1, frames, channels]` float32, `null_condition_emb` `[1, 1, dim]`, both on the device; `held_out` are the tracks
+    that are validated on and never trained on; `facts` are hashes and settings that name the run.
     """
 
     transformer: torch.nn.Module
@@ -47,6 +47,7 @@ class TrainingInputs:
     silence_latent: torch.Tensor
     null_condition_emb: torch.Tensor
     tracks: list[CachedTrack]
+    held_out: list[CachedTrack]
     frames_per_second: float
     is_turbo: bool
     facts: dict
@@ -83,6 +84,10 @@ def prepare_inputs(
     checkpoint: dict,
     train_data_dir: str | None,
     dataset_name: str | None,
+    validation_data_dir: str | None,
+    validation_fraction: float,
+    max_validation_samples: int,
+    validation_seed: int,
     max_train_samples: int | None,
     min_duration_s: float,
     max_duration_s: float,
@@ -111,9 +116,13 @@ def prepare_inputs(
     device, weight_dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     check_quantization_hardware(base_quantization, device, sharded=sharded)
-    tracks, problems = load_tracks(
+    tracks, held_out, problems = load_train_and_held_out(
         train_data_dir,
         dataset_name=dataset_name,
+        validation_data_dir=validation_data_dir,
+        validation_fraction=validation_fraction,
+        max_validation_samples=max_validation_samples,
+        validation_seed=validation_seed,
         min_duration_s=min_duration_s,
         max_train_samples=max_train_samples,
         seed=seed,
@@ -128,20 +137,18 @@ def prepare_inputs(
     }
     if triggers := count_triggers(tracks, text):
         facts["trigger_words"] = triggers
-    check_same_everywhere({"the model": facts["model_sha256"], "the training data": facts["dataset_sha256"]})
+    same = {"the model": facts["model_sha256"], "the training data": facts["dataset_sha256"]}
+    check_same_everywhere(same | {"the held-out tracks": dataset_fingerprint(held_out)})
     quantize_base(pipeline.transformer, base_quantization, device=device)
     # Before the cache is filled, so that a wrong target fails early.
     lora_parameters = add_lora(pipeline.transformer, lora, seed=seed)
     if base_quantization != "none":
         leave_base_out_of_ddp(pipeline.transformer)
-    cached = cache_tracks(
-        accelerator,
-        pipeline,
-        tracks,
-        directory=latent_cache_dir,
-        text=text,
-        max_duration_s=max_duration_s,
-        strict=strict,
+    pipeline.move_encoders(device)
+    cache = LatentCache(latent_cache_dir, pipeline, text)
+    cached, cached_held_out = (
+        cache_tracks(accelerator, cache, chosen, max_duration_s=max_duration_s, strict=strict) if chosen else []
+        for chosen in (tracks, held_out)
     )
     if gradient_checkpointing:
         enable_gradient_checkpointing(pipeline.transformer, gradient_checkpointing)
@@ -152,6 +159,7 @@ def prepare_inputs(
         silence_latent=pipeline.condition_encoder.silence_latent.to(device, torch.float32, copy=True),
         null_condition_emb=pipeline.condition_encoder.null_condition_emb.detach().to(device, weight_dtype, copy=True),
         tracks=cached,
+        held_out=cached_held_out,
         frames_per_second=pipeline.latents_per_second,
         is_turbo=pipeline.is_turbo,
         facts=facts,
@@ -164,11 +172,9 @@ def prepare_inputs(
 
 def cache_tracks(
     accelerator: Accelerator,
-    pipeline: ACEStepPipeline,
+    cache: LatentCache,
     tracks: list[Track],
     *,
-    directory: Path,
-    text: TextOptions,
     max_duration_s: float,
     strict: bool,
 ) -> list[CachedTrack]:
@@ -176,8 +182,6 @@ def cache_tracks(
 
     A machine that doesn't share the others' directory then encodes for itself what it lacks of their shares.
     """
-    pipeline.move_encoders(accelerator.device)
-    cache = LatentCache(directory, pipeline, text)
     own, found = prepare_tracks(
         cache,
         tracks[accelerator.process_index :: accelerator.num_processes],
@@ -189,7 +193,7 @@ def cache_tracks(
     by_id = {entry.id: cache.locate(entry) for entry in gather_lists(own)}
     if not by_id:
         reasons = "; ".join(f"{problem.track}: {problem.reason}" for problem in problems if problem.skipped)
-        raise UsageError(f"no track can be trained on: {reasons[:2000]}")
+        raise UsageError(f"no track can be encoded: {reasons[:2000]}")
     lacking = [track for track in local_share(tracks) if track.id in by_id and not by_id[track.id].is_here()]
     prepare_tracks(
         cache,

@@ -13,18 +13,19 @@ from ..files import write_text
 from ..version import __version__
 
 METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "validation.jsonl"
 ARGS_NAME = "training_args.json"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "soundfile", "soxr")
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line an optimizer update, flushed as it is written."""
+    """`metrics.jsonl`, one line an optimizer update, or `validation.jsonl`, one a validation; flushed as written."""
 
-    def __init__(self, output_dir: Path, *, first_update: int) -> None:
+    def __init__(self, output_dir: Path, *, first_update: int, name: str = METRICS_NAME) -> None:
         """Open for appending after update `first_update`; lines of later updates, from a run that was cut off beyond
         its last checkpoint, are dropped, since they are about to be repeated."""
-        path = Path(output_dir) / METRICS_NAME
+        path = Path(output_dir) / name
         kept = [line for line in read_metrics(path) if line["update"] <= first_update] if path.is_file() else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
