@@ -198,9 +198,10 @@ def folder(tmp_path):
         "copyright": "Ann Ltd", "isrc": "DE-A12-24-00001", "licence": "CC0", "url": "https://example.org",
     }))  # fmt: skip
     beside(first, ".tags.txt", "jazz, piano")
-    beside(
-        second, ".json", '{"tags": ["folk", "voice"], "machine_made": ["bpm"], "sampling_weight": 0.5, "repeats": 3}'
-    )
+    beside(second, ".json", json.dumps({
+        "tags": ["folk", "voice"], "machine_made": ["bpm"], "sampling_weight": 0.5, "repeats": 3, "custom_tag": "zzz",
+        "tag_position": "append",
+    }))  # fmt: skip
     beside(second, ".lyrics.txt", "[verse]\nWe walked along the river in the evening light\nand never came back home")
     return tmp_path / "music"
 
@@ -210,7 +211,7 @@ def rows(folder):
     """What a dataset built from the folder holds: the columns of each track."""
     tracks, _ = read(folder)
     columns = ("id", "tags", "lyrics", "language", "genre", "bpm", "keyscale", "timesignature", "sampling_weight",
-               "repeats")  # fmt: skip
+               "repeats", "trigger_word", "trigger_position")  # fmt: skip
     return [
         row(track.audio, **{name: getattr(track, name) for name in columns}, machine_made=list(track.machine_made),
             **vars(track.rights))
@@ -223,6 +224,7 @@ def test_the_folder_says_all_there_is_to_know(folder):
     assert not problems
     assert first.rights == Rights("One", "Ann", "Ann Ltd", "DEA122400001", "CC0", "https://example.org")
     assert (second.rights, second.sampling_weight, second.repeats) == (Rights(), 0.5, 3)
+    assert (second.tags, second.trigger_word, second.trigger_position) == ("folk, voice", "zzz", "append")
     assert (second.language, second.machine_made) == ("en", ("bpm", "language"))
 
 
