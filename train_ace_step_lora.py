@@ -41,7 +41,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, str], Path | None]:
 
 
 def squared_error(model, batch: dict, condition_mask, silence_latent, null_condition_emb):
-    """One forward pass: mix noise in, predict the velocity, and sum the squared errors of every element.
+    """One forward pass: mix noise in, predict the velocity, and sum the (weighted) squared errors of every element.
 
     The precision is that of `null_condition_emb`, which is the frozen model's.
     """
@@ -63,7 +63,7 @@ def squared_error(model, batch: dict, condition_mask, silence_latent, null_condi
         context_latents=context.to(dtype),
         return_dict=False,
     )[0]
-    return squared_error_sum(velocity, velocity_target(batch["latents"], batch["noise"]))
+    return squared_error_sum(velocity, velocity_target(batch["latents"], batch["noise"]), batch.get("loss_weights"))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -230,14 +230,7 @@ def train(args: argparse.Namespace) -> None:
         f"{setup.describe_tracks(tracks, inputs.frames_per_second)}: {num_updates} updates of "
         f"{planner.items_per_update} windows, {per_epoch} an epoch."
     )
-    draw = batching.DrawSettings(
-        seed=args.seed,
-        cfg_dropout=args.cfg_dropout,
-        mu=args.timestep_mu,
-        sigma=args.timestep_sigma,
-        tag_shuffle=args.tag_shuffle,
-        caption_dropout=args.caption_dropout,
-    )
+    draw = arguments.draw_settings(args, items_per_update=planner.items_per_update)
     checkpoint_every = {"every_updates": args.checkpointing_steps, "every_epochs": args.checkpointing_epochs}
     channels = inputs.silence_latent.shape[-1]
     started = time.monotonic()

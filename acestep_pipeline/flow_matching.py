@@ -75,10 +75,18 @@ def velocity_target(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return noise - latents
 
 
-def squared_error_sum(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def squared_error_sum(
+    prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sum of squared errors over every element, in float32.
 
     Dividing the sums of all micro-batches and ranks by the number of elements in the whole update gives the plain MSE
-    of that update however it was divided.
+    of that update however it was divided; with weights of mean 1, its weighted MSE.
+
+    Args:
+        prediction: `[batch, frames, channels]`.
+        target: the same shape.
+        weights: of each item, `[batch]` (see `loss_weighting`); None: all 1.
     """
-    return (prediction.float() - target.float()).square().sum()
+    errors = (prediction.float() - target.float()).square()
+    return errors.sum() if weights is None else (weights.view(-1, 1, 1) * errors).sum()

@@ -251,6 +251,9 @@ WRONG_VALUES = {
     "cfg_dropout": [2, -0.1],
     "timestep_sigma": [0],
     "timestep_mu": ["inf"],
+    "timestep_steps": [0],
+    "timestep_shift": [0],
+    "snr_gamma": [0],
     "max_train_steps": [0],
     "max_train_samples": [0],
     "checkpointing_steps": [0],
@@ -278,6 +281,20 @@ def test_a_wrong_value_is_named_with_its_flag(tmp_path, refused, name, value):
     error = refused(tmp_path, **{name: value})
     assert f"--{name} " in error
     assert str(value) in error or f"{value:g}" in error or str(float(value)) in error
+
+
+@pytest.mark.parametrize(
+    "mix", ["discrete", "discrete=0", "discrete=nan", "turbo=1", "discrete=1,discrete=2", "discrete=1,", ""]
+)
+def test_an_impossible_mix_of_timesteps(tmp_path, refused, mix):
+    error = refused(tmp_path, timestep_distribution="mix", timestep_mix=mix)
+    assert f"--timestep_mix {mix!r}: " in error and "logit_normal_max=0.5,discrete=0.5" in error
+
+
+def test_a_weighting_without_a_mean(tmp_path, refused):
+    mix = {"timestep_distribution": "mix", "timestep_mix": "uniform=1,discrete=1"}
+    for distribution in ({"timestep_distribution": "uniform"}, mix):
+        assert "--weighting_scheme sigma_sqrt" in refused(tmp_path, weighting_scheme="sigma_sqrt", **distribution)
 
 
 def test_a_tracker_that_is_not_installed_names_the_extra(tmp_path, refused):

@@ -22,7 +22,7 @@ from acestep_pipeline.data.latent_cache import CachedTrack, Window, load_conditi
 from acestep_pipeline.files import write_tensors
 
 SHAPES = [(50, 9), (50, 9), (100, 9), (50, 11), (50, 9), (100, 9), (100, 12), (50, 9), (50, 9), (100, 9)]
-SETTINGS = DrawSettings(seed=0, cfg_dropout=0.5, mu=-0.4, sigma=1.0)
+SETTINGS = DrawSettings(seed=0, cfg_dropout=0.5)
 DIVISIONS = [(1, 1, 1), (4, 1, 1), (1, 4, 2), (3, 1, 3)]
 weights_of_a_set = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40)
 

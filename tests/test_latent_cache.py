@@ -309,7 +309,7 @@ def test_the_windows_of_a_long_track_cover_it_and_share_a_condition(cache, long_
     dataset = MicroBatchDataset(
         [entry],
         [MicroBatch(0, (Item(0, number),), (0,)) for number in range(len(entry.windows))],
-        DrawSettings(seed=0, cfg_dropout=0.0, mu=0.0, sigma=1.0),
+        DrawSettings(seed=0, cfg_dropout=0.0),
     )
     for index, window in enumerate(entry.windows):
         (latents,) = dataset[index]["latents"]

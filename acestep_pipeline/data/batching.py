@@ -1,20 +1,19 @@
-"""Which items make up each optimizer update, and every random number an item needs, keyed rather than drawn in turn.
+"""Which items make up each optimizer update, and the tensors of their forward passes.
 
 The items of an update (tracks, and the window each is heard in), their noise, timesteps and condition dropout depend
 only on (seed, update, slot), where slot is the item's position in the update. So they are the same whatever the
 micro-batch size, accumulation and number of processes, and a resumed run replays them without any saved random state.
 """
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Dataset
 
 from ..condition_mask import pad_conditions
-from ..flow_matching import sample_timesteps
+from .draws import DrawSettings, draw_noise, draw_timestep, keyed_generator, keyed_seed, loss_weighting, shuffled
 from .latent_cache import CachedTrack, Window, load_condition, load_latents
 
 
@@ -34,22 +33,6 @@ class MicroBatch:
     items: tuple[Item, ...]
     slots: tuple[int, ...]
     weight: float = 1.0
-
-
-def keyed_seed(*key: Hashable) -> int:
-    """A 63-bit seed that depends on `key` alone."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def keyed_generator(*key: Hashable) -> torch.Generator:
-    """A CPU generator whose state depends on `key` alone."""
-    return torch.Generator().manual_seed(keyed_seed(*key))
-
-
-def shuffled(number: int, *key: Hashable) -> list[int]:
-    """0 to `number` - 1 in an order that depends on `key` alone."""
-    return torch.randperm(number, generator=keyed_generator(*key)).tolist()
 
 
 class Visits:
@@ -164,23 +147,6 @@ class EpochPlanner:
         return batches
 
 
-@dataclass(frozen=True)
-class DrawSettings:
-    """What is random about a training item. `mu` and `sigma` are of the timestep's normal in logits.
-
-    `tag_shuffle` and `caption_dropout` are those of the `TextOptions` that the tracks were cached with; by themselves
-    they are off, so that what is measured is told the given words.
-    """
-
-    seed: int
-    cfg_dropout: float
-    mu: float
-    sigma: float
-    sample_posterior: bool = True
-    tag_shuffle: int = 1
-    caption_dropout: float = 0.0
-
-
 def draw_wording(window: Window, settings: DrawSettings, update: int, slot: int) -> Window:
     """In which words an item is told: one of `settings.tag_shuffle` orders, or without its tags.
 
@@ -200,6 +166,7 @@ class MicroBatchDataset(Dataset):
         self.tracks = tracks
         self.micro_batches = micro_batches
         self.settings = settings
+        self.weighting = loss_weighting(settings)
 
     def __len__(self) -> int:
         return len(self.micro_batches)
@@ -209,30 +176,28 @@ class MicroBatchDataset(Dataset):
 
         Returns:
             `latents` and `noise` `[batch, frames, channels]`, `sigmas` `[batch]`, `encoder_hidden_states`
-            `[batch, tokens, dim]`, `dropped` bool `[batch]` (condition replaced by the null embedding); and, where
-            the conditions differ in length, `condition_mask` bool `[batch, tokens]` (see `ConditionMask`).
+            `[batch, tokens, dim]`, `dropped` bool `[batch]` (condition replaced by the null embedding); where the
+            conditions differ in length, `condition_mask` bool `[batch, tokens]` (see `ConditionMask`); and with a
+            weighting scheme, `loss_weights` `[batch]`.
         """
         batch = self.micro_batches[index]
-        draws = [
-            self._draw(
-                self.tracks[item.track],
-                draw_wording(self.tracks[item.track].windows[item.window], self.settings, batch.update, slot),
-                keyed_generator(self.settings.seed, "update", batch.update, slot),
-            )
-            for item, slot in zip(batch.items, batch.slots, strict=True)
-        ]
+        draws = [self._draw(item, batch.update, slot) for item, slot in zip(batch.items, batch.slots, strict=True)]
         conditions, mask = pad_conditions([draw.pop("encoder_hidden_states") for draw in draws])
         tensors = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
         return tensors | {"encoder_hidden_states": conditions} | ({} if mask is None else {"condition_mask": mask})
 
-    def _draw(self, track: CachedTrack, window: Window, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def _draw(self, item: Item, update: int, slot: int) -> dict[str, torch.Tensor]:
+        settings, generator = self.settings, keyed_generator(self.settings.seed, "update", update, slot)
+        track = self.tracks[item.track]
+        window = draw_wording(track.windows[item.window], settings, update, slot)
         posterior = load_latents(track, window)
         sample = torch.randn(posterior["mean"].shape, generator=generator)
-        noise = torch.randn(posterior["mean"].shape, generator=generator)
-        sigma = sample_timesteps(1, mu=self.settings.mu, sigma=self.settings.sigma, generator=generator)[0]
-        dropped = torch.rand((), generator=generator) < self.settings.cfg_dropout
-        latents = posterior["mean"] + (posterior["std"] * sample if self.settings.sample_posterior else 0)
-        return {
+        noise = draw_noise(settings, posterior["mean"].shape, update, slot, generator)
+        sigma = draw_timestep(settings, update, slot, generator)
+        dropped = torch.rand((), generator=generator) < settings.cfg_dropout
+        latents = posterior["mean"] + (posterior["std"] * sample if settings.sample_posterior else 0)
+        weights = {} if self.weighting is None else {"loss_weights": self.weighting(sigma)}
+        return weights | {
             "latents": latents,
             "noise": noise,
             "sigmas": sigma,

@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..paths import default_data, default_model
 from ..presets import load_preset, preset_names
 from .memory import QUANTIZATION_PACKAGES, check_quantization_installed
+from .objective import TIMESTEP_COMPONENTS, WEIGHTING_SCHEMES, check_objective, timestep_shares
 from .optimizers import (
     DEFAULT_LEARNING_RATE,
     check_optimizer,
@@ -26,7 +27,9 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 RESUME_SETTINGS = (
     "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_blocks", "use_rslora", "use_dora", "adapter_type",
     "lokr_factor", "lokr_decompose_both", "rank_pattern", "alpha_pattern", "cfg_dropout", "timestep_mu",
-    "timestep_sigma", "seed", "train_batch_size", "gradient_accumulation_steps", "num_updates", "optimizer",
+    "timestep_sigma", "timestep_distribution", "timestep_mix", "timestep_steps", "timestep_shift", "stratified_timesteps",
+    "antithetic_noise", "weighting_scheme", "snr_gamma", "seed", "train_batch_size", "gradient_accumulation_steps",
+    "num_updates", "optimizer",
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2",
     "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "max_duration_s", "base_quantization",
     "trigger_word", "trigger_position", "tag_shuffle", "caption_dropout",
@@ -85,8 +88,16 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--lokr_decompose_both", action=argparse.BooleanOptionalAction, default=False, help="a lokr's first factor is of rank --rank, too")
     g = p.add_argument_group("objective")
     g.add_argument("--cfg_dropout", type=float, help="probability of training an item without its condition; unset: 0.15 for base and sft, 0 for turbo")
+    g.add_argument("--timestep_distribution", choices=(*TIMESTEP_COMPONENTS, "mix"), default="logit_normal_max", help="logit_normal_max: as the model was trained; discrete: only the timesteps of inference, what the official trainer does for turbo; uniform; mix: shares of these")
+    g.add_argument("--timestep_mix", default="logit_normal_max=0.5,discrete=0.5", help="the shares of mix")
+    g.add_argument("--timestep_steps", type=int, help="inference steps that make up discrete; unset: 50, turbo 8")
+    g.add_argument("--timestep_shift", type=float, help="and their shift; unset: 1, turbo 3")
     g.add_argument("--timestep_mu", type=float, help="mean of the timestep's normal, in logits; unset: the checkpoint's, else -0.4")
     g.add_argument("--timestep_sigma", type=float, help="its standard deviation; unset: the checkpoint's, else 1.0")
+    g.add_argument("--stratified_timesteps", action=argparse.BooleanOptionalAction, default=False, help="spread the timesteps of an update evenly over their distribution; steadier gradients where an update has several items")
+    g.add_argument("--antithetic_noise", action=argparse.BooleanOptionalAction, default=False, help="two items of an update share their noise with opposite signs")
+    g.add_argument("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="weights of the error by timestep, of mean 1; none: plain MSE; min_snr: the clean half up, both ends down; truncated_snr: both ends up; cosmap: the middle up; sigma_sqrt: the clean end up, steeply")
+    g.add_argument("--snr_gamma", type=float, default=5.0, help="gamma of min_snr")
     g = p.add_argument_group("training")
     g.add_argument("--seed", type=int, default=42, help="same seed, data and hardware: same adapter")
     g.add_argument("--train_batch_size", type=int, default=1, help="items in one forward pass (of equal length) on each process")
@@ -169,7 +180,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} must be a finite number, not {value}.")
     positive = ("rank", "lora_alpha", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
                 "max_train_samples", "learning_rate", "max_grad_norm", "checkpointing_steps", "checkpointing_epochs",
-                "checkpoints_total_limit", "timestep_sigma", "validation_duration_s", "validation_inference_steps",
+                "checkpoints_total_limit", "timestep_sigma", "timestep_steps", "timestep_shift", "snr_gamma",
+                "validation_duration_s", "validation_inference_steps",
                 "lr_num_cycles", "adam_epsilon", "max_validation_samples", "num_validation_draws", "validation_steps",
                 "validation_epochs", "early_stopping_patience")  # fmt: skip
     for name in positive:
@@ -211,6 +223,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_optimizer(args.optimizer, lr_scheduler=args.lr_scheduler)
     check_quantization_installed(args.base_quantization)
     text_options(args)
+    check_objective(args.timestep_distribution, args.timestep_mix, args.weighting_scheme)
     check_trackers(args.report_to)
 
 
@@ -276,7 +289,13 @@ def choose_sources(args: argparse.Namespace) -> dict[str, str]:
 def fill_model_defaults(args: argparse.Namespace, config, *, is_turbo: bool) -> None:
     """What depends on the checkpoint: turbo is distilled and never runs guidance, so it needs no condition dropout."""
     from ..flow_matching import TIMESTEP_MU, TIMESTEP_SIGMA
+    from ..generation import SamplingSettings
 
+    inference = SamplingSettings().resolved(is_turbo=is_turbo)
+    if args.timestep_steps is None:
+        args.timestep_steps = inference.num_inference_steps
+    if args.timestep_shift is None:
+        args.timestep_shift = inference.shift
     if args.cfg_dropout is None:
         args.cfg_dropout = 0.0 if is_turbo else 0.15
     if args.timestep_mu is None:
@@ -305,6 +324,31 @@ def validation_steps(
         return args.validation_epochs * updates_per_epoch
     return args.validation_steps or default_validation_steps(
         args.num_updates, items_per_update=items_per_update, num_passes=num_held_out * args.num_validation_draws
+    )
+
+
+def draw_settings(args: argparse.Namespace, *, items_per_update: int):
+    """What is random about an item, after `fill_model_defaults`; a `DrawSettings`."""
+    from ..data.draws import DrawSettings
+    from ..timesteps import TimestepDistribution
+
+    return DrawSettings(
+        seed=args.seed,
+        cfg_dropout=args.cfg_dropout,
+        timesteps=TimestepDistribution(
+            shares=timestep_shares(args.timestep_distribution, args.timestep_mix),
+            mu=args.timestep_mu,
+            sigma=args.timestep_sigma,
+            num_inference_steps=args.timestep_steps,
+            shift=args.timestep_shift,
+        ),
+        stratified_timesteps=args.stratified_timesteps,
+        items_per_update=items_per_update,
+        antithetic_noise=args.antithetic_noise,
+        weighting_scheme=args.weighting_scheme,
+        snr_gamma=args.snr_gamma,
+        tag_shuffle=args.tag_shuffle,
+        caption_dropout=args.caption_dropout,
     )
 
 
