@@ -70,6 +70,7 @@ def time_build(data_dir: Path, *, num_workers: int) -> float:
     import datasets  # noqa: F401
     import scipy.fft
     import scipy.signal  # noqa: F401
+    from matplotlib.figure import Figure  # noqa: F401
 
     from acestep_pipeline.data.building.build_report import BuildOptions
     from acestep_pipeline.data.building.ingest import build_dataset

@@ -6,18 +6,28 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import soundfile
+import soxr
 
-from acestep_pipeline.data.audio import SAMPLE_RATE, read_audio
-from acestep_pipeline.data.building.analysis import ENVELOPE_POINTS, Measurements, analyse, judge, measure
+from acestep_pipeline.data.audio import SAMPLE_RATE, read_audio, stream_audio
+from acestep_pipeline.data.building.analysis import (
+    CLIP_LEVEL,
+    ENVELOPE_POINTS,
+    NATIVE_RATES,
+    Measurements,
+    analyse,
+    analysis_rate,
+    judge,
+    measure,
+)
 
 
 def noise(seconds: float = 12.0, level: float = 0.1, seed: int = 0) -> np.ndarray:
     return np.float32(level * np.random.default_rng(seed).standard_normal((2, int(seconds * SAMPLE_RATE))))
 
 
-def tone(seconds: float, dbfs: float, hz: float = 1000.0) -> np.ndarray:
+def tone(seconds: float, dbfs: float, hz: float = 1000.0, rate: int = SAMPLE_RATE) -> np.ndarray:
     """A stereo sine whose crest is at `dbfs`."""
-    wave = 10 ** (dbfs / 20) * np.sin(2 * np.pi * hz * np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE)
+    wave = 10 ** (dbfs / 20) * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)
     return np.float32(np.stack([wave, wave]))
 
 
@@ -32,14 +42,16 @@ def divided(waveform: np.ndarray, seed: int) -> list[np.ndarray]:
     return [waveform[:, a:b] for a, b in pairwise([0, 0, *cuts.tolist(), waveform.shape[1]])]
 
 
+@pytest.mark.parametrize("rate", NATIVE_RATES)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_division_into_blocks_changes_nothing(seed):
+def test_the_division_into_blocks_changes_nothing(seed, rate):
     waveform = np.clip(noise(7.37, 0.4), -1, 1)
     waveform[:, : SAMPLE_RATE // 3] = 0
     waveform[1, SAMPLE_RATE - 2 : SAMPLE_RATE + 2] = 1  # a clipped crest across the border of two seconds
-    measured, words = analyse([waveform])
-    again, same_words = analyse(divided(waveform, seed))
-    assert again == measured == measure(waveform) and np.array_equal(words, same_words) and len(words)
+    measured, words = analyse([waveform], sample_rate=rate)
+    again, same_words = analyse(divided(waveform, seed), sample_rate=rate)
+    assert again == measured == measure(waveform, sample_rate=rate)
+    assert np.array_equal(words, same_words) and len(words)
 
 
 def test_a_clipped_crest_across_blocks_counts_whole():
@@ -48,6 +60,33 @@ def test_a_clipped_crest_across_blocks_counts_whole():
     waveform[1, 2 * SAMPLE_RATE - 1 : 2 * SAMPLE_RATE + 1] = -1  # 2: too few
     waveform[0, -5:] = 1  # open at the end
     assert measure(waveform).clipped == pytest.approx(9 / waveform.shape[1])
+
+
+def test_what_is_counted_does_not_depend_on_where_seconds_end():
+    waveform = np.clip(noise(9.2, 1.5), -1, 1)  # three quarters of it at full scale
+    full = np.abs(waveform).max(axis=0) >= CLIP_LEVEL
+    edges = np.flatnonzero(np.diff(full, prepend=False, append=False)).reshape(-1, 2)
+    lengths = edges[:, 1] - edges[:, 0]
+    measured = measure(waveform)
+    assert measured.clipped == pytest.approx(lengths[lengths >= 3].sum() / waveform.shape[1])
+    assert measured.rms_db == pytest.approx(20 * np.log10(np.sqrt(np.square(waveform, dtype=float).mean())), abs=1e-5)
+    assert measured.dc_offset == pytest.approx(np.abs(waveform.mean(axis=1, dtype=float)).max(), abs=1e-7)
+    assert measured.correlation == pytest.approx(np.corrcoef(waveform)[0, 1], abs=1e-4)
+
+
+def test_a_file_at_44_1_khz_is_measured_as_it_is(tmp_path):
+    assert [analysis_rate(rate) for rate in (44_100, 48_000, 22_050, 96_000)] == [44_100, 48_000, 48_000, 48_000]
+    waveform = np.float32(soxr.resample(noise(3).T, 11_025, 44_100).T)  # nothing near either rate's upper edge
+    waveform[:, 1000:1100] = 1
+    soundfile.write(tmp_path / "a.wav", waveform.T, 44_100, subtype="FLOAT")
+    native, resampled = (
+        measure(stream_audio(tmp_path / "a.wav", sample_rate=rate), sample_rate=rate) for rate in NATIVE_RATES
+    )
+    # Resampling makes crests of what was cut off.
+    assert native.peak_db == 0 < resampled.peak_db
+    assert native.clipped == pytest.approx(100 / waveform.shape[1])
+    for name in ("duration_s", "rms_db", "loudness_lufs", "dc_offset", "balance_db", "correlation"):
+        assert getattr(native, name) == pytest.approx(getattr(resampled, name), abs=0.02), name
 
 
 # EBU Tech 3341, table 1: cases 1 to 5 (the peaks of a stereo sine at 1 kHz, and the LUFS that a meter must show).
@@ -62,7 +101,9 @@ def test_a_clipped_crest_across_blocks_counts_whole():
     ],
 )
 def test_loudness_is_that_of_ebu_tech_3341(parts, lufs):
-    assert measure([tone(seconds, dbfs) for seconds, dbfs in parts]).loudness_lufs == pytest.approx(lufs, abs=0.1)
+    for rate in NATIVE_RATES:
+        blocks = [tone(seconds, dbfs, rate=rate) for seconds, dbfs in parts]
+        assert measure(blocks, sample_rate=rate).loudness_lufs == pytest.approx(lufs, abs=0.1)
 
 
 def test_loudness_weighs_frequencies_as_the_standard_does():

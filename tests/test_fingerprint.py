@@ -66,6 +66,16 @@ def test_a_changed_copy_is_found_and_nothing_else(music, prints, change, tmp_pat
     assert all(similarity > 0.75 for *_, similarity in found)
 
 
+def test_a_copy_at_another_rate_is_found_without_resampling(music, prints):
+    copies = {
+        f"{name} copy": fingerprint([soxr.resample(waveform.T, SAMPLE_RATE, 44_100).T], sample_rate=44_100)
+        for name, waveform in music.items()
+    }
+    found = find_near_duplicates(prints | copies)
+    assert {(a, b) for a, b, _ in found} == {(name, f"{name} copy") for name in music}
+    assert all(similarity > 0.99 for *_, similarity in found)
+
+
 def test_different_music_is_not_alike(prints):
     assert len(prints) == 6 and find_near_duplicates(prints) == []
 

@@ -134,21 +134,24 @@ def _samples(decoding: Decoding, sample_rate: int) -> int:
 def _stream(decoding: Decoding, sample_rate: int) -> Iterator[np.ndarray]:
     """Stereo blocks `[2, samples]` at `sample_rate`, no more of them in all than the exact length."""
     left, position, rate = _samples(decoding, sample_rate), 0, decoding.info.sample_rate
-    resampler = soxr.ResampleStream(rate, sample_rate, 2, dtype="float32", quality="HQ")
+    resampler = None
     for block in decoding.blocks:
         _check_finite(block, position / rate, rate)
         position += len(block)
-        chunk = to_stereo(block.T).T if len(block) else np.empty((0, 2), np.float32)
+        chunk = _mix(block.T).T
         if rate != sample_rate:
-            chunk = resampler.resample_chunk(np.ascontiguousarray(chunk), last=not len(block))
+            width = chunk.shape[1]
+            resampler = resampler or soxr.ResampleStream(rate, sample_rate, width, dtype="float32", quality="HQ")
+            chunk = resampler.resample_chunk(np.ascontiguousarray(chunk), last=not len(block)).reshape(-1, width)
         chunk = chunk[:left]
         left -= len(chunk)
-        yield chunk.T
+        yield chunk.T if chunk.shape[1] == 2 else np.repeat(chunk.T, 2, axis=0)
 
 
 def _check_finite(block: np.ndarray, start_s: float, rate: int) -> None:
-    if np.isfinite(block.sum(dtype=np.float64)):  # several times as fast as looking at each frame
-        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(block.sum()):  # many times as fast as looking at each frame
+            return
     finite = np.isfinite(block).all(axis=1)
     if not finite.all():
         frame = int(np.argmin(finite))
@@ -165,12 +168,18 @@ def to_stereo(waveform: np.ndarray) -> np.ndarray:
     """
     if waveform.ndim != 2 or not len(waveform):
         raise ValueError(f"expected a waveform [channels, samples], got shape {waveform.shape}")
+    mixed = _mix(waveform)
+    return mixed if len(mixed) == 2 else np.repeat(mixed, 2, axis=0)
+
+
+def _mix(waveform: np.ndarray) -> np.ndarray:
+    """What `to_stereo` returns, one channel where both are the same: `[1, samples]` or `[2, samples]`."""
     if len(waveform) == 2:
         return waveform
     if len(waveform) == 6:
         front, centre, back = waveform[0:2], waveform[2], waveform[4:6]
         return ((front + _BS775 * centre + _BS775 * back) / (1 + 2 * _BS775)).astype(waveform.dtype)
-    return np.repeat(waveform.mean(axis=0, keepdims=True, dtype=waveform.dtype), 2, axis=0)
+    return waveform.mean(axis=0, keepdims=True, dtype=waveform.dtype)
 
 
 def write_audio(path: Path, waveform: np.ndarray, *, sample_rate: int = SAMPLE_RATE) -> None:

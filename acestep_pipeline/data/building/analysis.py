@@ -9,21 +9,20 @@ import numpy as np
 
 from ..audio import SAMPLE_RATE
 from .fingerprint import Fingerprinter
+from .loudness import LoudnessMeter
+from .spectrum import bandwidth, cutoff, energy_spectrum
 
 Severity = Literal["error", "warning", "note"]
 
 # Raise when a measurement changes its meaning: results are kept by file hash and this.
-ANALYSIS_VERSION = 2
+ANALYSIS_VERSION = 3
+# Sample rates that are measured as they are; sound at any other is resampled to 48 kHz first.
+NATIVE_RATES = (44_100, SAMPLE_RATE)
 SILENCE_DB = -60.0
 WINDOW_S = 0.05
 # Full scale of 16-bit audio is 32767/32768; a run of three such samples is a clipped crest, not a loud one.
 CLIP_LEVEL = 0.9999
 CLIP_RUN = 3
-# ITU-R BS.1770-4, annex 1, tables 1 and 2: the two stages of K-weighting at 48 kHz (b0 b1 b2 a0 a1 a2).
-K_WEIGHTING = (
-    (1.53512485958697, -2.69169618940638, 1.19839281085285, 1.0, -1.69065929318241, 0.73248077421585),
-    (1.0, -2.0, 1.0, 1.0, -1.99004745483398, 0.99007225036621),
-)
 ENVELOPE_POINTS = 120
 SPECTRUM_SECONDS = 16
 # An encoder that leaves out what lies above this had few bits.
@@ -31,10 +30,8 @@ LOW_BIT_RATE_HZ = 17_500.0
 # What the model was trained on.
 TRAINED_S = (10.0, 600.0)
 
-_WINDOW = int(WINDOW_S * SAMPLE_RATE)
-_LOUDNESS_STEP = SAMPLE_RATE // 10
-# Seconds in one call of the loudness filter, whose overhead is a quarter of its work on one.
-_WEIGHTED_TOGETHER = 8
+# Seconds that are looked at together: numpy's overhead is small, and the sound is still in the processor's cache.
+_CHUNK_S = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Of the 48 kHz stereo waveform that training sees (a mono file's sound is in both channels).
+    """Of a file's sound in stereo (mono is in both channels), resampled to 48 kHz unless its rate is 44.1 or 48 kHz.
 
     Attributes:
         duration_s: its length.
@@ -92,125 +89,136 @@ def to_db(amplitude: float) -> float:
     return float(20 * np.log10(max(amplitude, 1e-10)))
 
 
-def analyse(blocks: Iterable[np.ndarray]) -> tuple[Measurements, np.ndarray]:
+def analysis_rate(sample_rate: int) -> int:
+    """The rate at which a file of this rate, Hz, is measured."""
+    return sample_rate if sample_rate in NATIVE_RATES else SAMPLE_RATE
+
+
+def analyse(blocks: Iterable[np.ndarray], *, sample_rate: int = SAMPLE_RATE) -> tuple[Measurements, np.ndarray]:
     """`measure` and the track's fingerprint (uint32 words, see `fingerprint`), from one pass over `stream_audio`."""
-    printer = Fingerprinter()
-    return measure(printer.listen(blocks)), printer.words()
+    meter, printer = _Meter(sample_rate), Fingerprinter(sample_rate)
+    for chunk in _chunks(blocks, sample_rate):
+        meter.add(chunk)
+        printer.add(chunk)
+    return meter.result(), printer.words()
 
 
-def measure(blocks: np.ndarray | Iterable[np.ndarray]) -> Measurements:
-    """Measure a 48 kHz float32 waveform: `[2, samples]`, or its blocks in order, in memory that does not grow with it.
+def measure(blocks: np.ndarray | Iterable[np.ndarray], *, sample_rate: int = SAMPLE_RATE) -> Measurements:
+    """Measure a float32 waveform: `[2, samples]`, or its blocks in order, in memory that does not grow with it.
 
-    The result is the same to the bit however the waveform is divided. Raises `ValueError` where there is no sample.
+    The result is the same to the bit however the waveform is divided. `sample_rate` is one of `NATIVE_RATES`. Raises
+    `ValueError` where there is no sample.
     """
-    meter = _Meter()
-    for second in _seconds([blocks] if isinstance(blocks, np.ndarray) else blocks):
-        meter.add(second)
+    meter = _Meter(sample_rate)
+    for chunk in _chunks([blocks] if isinstance(blocks, np.ndarray) else blocks, sample_rate):
+        meter.add(chunk)
     return meter.result()
 
 
-def _seconds(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same samples `[2, n]` in contiguous blocks of one second, the last one shorter."""
-    buffer, filled = np.empty((2, SAMPLE_RATE), np.float32), 0
+def _chunks(blocks: Iterable[np.ndarray], sample_rate: int) -> Iterator[np.ndarray]:
+    """The same samples `[2, n]`, each channel contiguous, `_CHUNK_S` at a time; the last one is shorter.
+
+    Each is gone when the next is asked for.
+    """
+    length = _CHUNK_S * sample_rate
+    buffer, filled = np.empty((2, length), np.float32), 0
     for block in blocks:
         position = 0
         while position < block.shape[1]:
-            count = min(SAMPLE_RATE - filled, block.shape[1] - position)
+            count = min(length - filled, block.shape[1] - position)
             buffer[:, filled : filled + count] = block[:, position : position + count]
             filled, position = filled + count, position + count
-            if filled == SAMPLE_RATE:
+            if filled == length:
                 yield buffer
-                buffer, filled = np.empty((2, SAMPLE_RATE), np.float32), 0
+                filled = 0
     if filled:
-        yield np.ascontiguousarray(buffer[:, :filled])
+        yield buffer[:, :filled]
 
 
 class _Meter:
-    """The sums from which `Measurements` follow. Feed it every second of a track, only the last one shorter."""
+    """The sums from which `Measurements` follow. Feed it every chunk of a track."""
 
-    def __init__(self):
+    def __init__(self, sample_rate: int):
+        self.sample_rate = sample_rate
+        self.window = round(WINDOW_S * sample_rate)
         self.samples = 0
         self.sums, self.energies = np.zeros(2), np.zeros(2)
         self.product = 0.0
         self.identical = True
         self.peaks: list[np.ndarray] = []
-        self.clipped = self.open_run = 0
-        self.weighting = np.array(K_WEIGHTING, np.float32)
-        self.filter_state = np.zeros((2, 2, 2), np.float32)
-        self.unweighted: list[np.ndarray] = []
-        self.loudness_energies: list[np.ndarray] = []
+        self.clipped = self.run = self.run_end = 0
+        self.loudness = LoudnessMeter(sample_rate)
         self.loudest: list[tuple[float, int, np.ndarray]] = []
 
-    def add(self, second: np.ndarray) -> None:
-        left, right = second
-        energies = np.array([np.dot(left, left), np.dot(right, right)], np.float64)
-        self.sums += second.sum(axis=1)
-        self.energies += energies
+    def add(self, chunk: np.ndarray) -> None:
+        """Take `[2, n]`; only the last chunk may have another length than whole seconds."""
+        self.loudness.add(chunk)
+        length = chunk.shape[1]
+        if length % self.sample_rate:  # silence changes no sum
+            chunk = np.pad(chunk, ((0, 0), (0, -length % self.sample_rate)))
+        left, right = chunk
+        seconds = chunk.reshape(2, -1, self.sample_rate)
+        energies = np.vecdot(seconds, seconds).astype(np.float64)
+        # A second that is not whole is not compared with others; of a shorter track it is all there is.
+        for index in range(length // self.sample_rate or int(not self.samples)):
+            self._remember(seconds[:, index], float(energies[:, index].sum()), self.samples + index * self.sample_rate)
+        self.sums += chunk.sum(axis=1)
+        self.energies += energies.sum(axis=1)
         self.product += float(np.dot(left, right))
         self.identical = self.identical and np.array_equal(left, right)
-        whole = second.shape[1] == SAMPLE_RATE
-        if whole or self.samples == 0:  # of a shorter track, what there is
-            item = (float(energies.sum()), -self.samples, second)
-            (heapq.heappush if len(self.loudest) < SPECTRUM_SECONDS else heapq.heappushpop)(self.loudest, item)
-        self.unweighted.append(second)
-        if len(self.unweighted) == _WEIGHTED_TOGETHER:
-            self._add_loudness()
-        self.samples += second.shape[1]
-        if not whole:
-            second = np.pad(second, ((0, 0), (0, -second.shape[1] % _WINDOW)))
-        windows = second.reshape(2, -1, _WINDOW)
+        windows = chunk.reshape(2, -1, self.window)
         peaks = np.maximum(windows.max(axis=2), -windows.min(axis=2)).max(axis=0)
-        self.peaks.append(peaks)
-        if peaks.max() >= CLIP_LEVEL or self.open_run:
-            self._add_clips(np.abs(second).max(axis=0) >= CLIP_LEVEL)
+        self._add_clips(windows, np.flatnonzero(peaks >= CLIP_LEVEL))
+        self.peaks.append(peaks[: -(-length // self.window)])
+        self.samples += length
 
-    def _add_clips(self, full: np.ndarray) -> None:
-        """Count the samples in runs at full scale; a run that reaches the end stays open for the next second."""
-        edges = np.flatnonzero(np.diff(full, prepend=False, append=False))
-        starts, ends = edges[::2], edges[1::2]
-        lengths = ends - starts
-        if len(starts) and starts[0] == 0:
-            lengths[0] += self.open_run
+    def _remember(self, second: np.ndarray, energy: float, start: int) -> None:
+        """Keep a copy of a second that is among the loudest; of equals, the earlier."""
+        if len(self.loudest) < SPECTRUM_SECONDS:
+            heapq.heappush(self.loudest, (energy, -start, second.copy()))
+        elif (energy, -start) > self.loudest[0][:2]:
+            heapq.heapreplace(self.loudest, (energy, -start, second.copy()))
+
+    def _add_clips(self, windows: np.ndarray, loud: np.ndarray) -> None:
+        """Count the samples in runs at full scale; of `[2, n, window]`, only the windows `loud` have any.
+
+        The last run stays open: the next chunk may go on with it.
+        """
+        if not len(loud):
+            return
+        window, sample = np.nonzero(np.abs(windows[:, loud]).max(axis=0) >= CLIP_LEVEL)
+        positions = self.samples + loud[window] * self.window + sample
+        starts = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
+        lengths = np.diff(starts, append=len(positions))
+        if positions[0] == self.run_end:
+            lengths[0] += self.run
         else:
             self._close_run()
-        self.open_run = 0
-        if len(ends) and ends[-1] == len(full):
-            self.open_run, lengths = int(lengths[-1]), lengths[:-1]
-        self.clipped += int(lengths[lengths >= CLIP_RUN].sum())
+        self.run, self.run_end = int(lengths[-1]), int(positions[-1]) + 1
+        self.clipped += int(lengths[:-1][lengths[:-1] >= CLIP_RUN].sum())
 
     def _close_run(self) -> None:
-        self.clipped += self.open_run if self.open_run >= CLIP_RUN else 0
-
-    def _add_loudness(self) -> None:
-        """Energy of the K-weighted channels in each whole 0.1 s. (Float32 is out by less than 0.001 LU.)"""
-        from scipy.signal import sosfilt
-
-        waveform = np.concatenate(self.unweighted, axis=1)
-        self.unweighted = []
-        weighted, self.filter_state = sosfilt(self.weighting, waveform, zi=self.filter_state)
-        steps = weighted[:, : waveform.shape[1] // _LOUDNESS_STEP * _LOUDNESS_STEP].reshape(2, -1, _LOUDNESS_STEP)
-        self.loudness_energies.append(np.einsum("cns,cns->n", steps, steps).astype(np.float64))
+        self.clipped += self.run if self.run >= CLIP_RUN else 0
 
     def result(self) -> Measurements:
         if not self.samples:
             raise ValueError("there is no sample to measure")
         self._close_run()
-        if self.unweighted:
-            self._add_loudness()
         peaks = np.concatenate(self.peaks)
         loud = np.flatnonzero(peaks > 10 ** (SILENCE_DB / 20))
-        duration_s = self.samples / SAMPLE_RATE
+        duration_s = self.samples / self.sample_rate
         leading, trailing = duration_s, duration_s
         if len(loud):
             leading, trailing = loud[0] * WINDOW_S, max(0.0, duration_s - (loud[-1] + 1) * WINDOW_S)
         levels = [to_db(np.sqrt(energy / self.samples)) for energy in self.energies]
         norm = float(np.sqrt(self.energies.prod()))
-        spectrum = _spectrum([second for _, _, second in sorted(self.loudest, reverse=True, key=lambda x: x[:2])])
+        loudest = sorted(self.loudest, reverse=True, key=lambda item: item[:2])
+        spectrum = energy_spectrum([second for *_, second in loudest])
         return Measurements(
             duration_s=duration_s,
             peak_db=to_db(float(peaks.max())),
             rms_db=to_db(np.sqrt(self.energies.sum() / (2 * self.samples))),
-            loudness_lufs=integrated_loudness(np.concatenate(self.loudness_energies) / _LOUDNESS_STEP),
+            loudness_lufs=self.loudness.result(),
             clipped=self.clipped / self.samples,
             leading_silence_s=float(leading),
             trailing_silence_s=float(trailing),
@@ -218,69 +226,15 @@ class _Meter:
             balance_db=levels[0] - levels[1],
             correlation=float(np.clip(self.product / norm, -1, 1)) if norm > 0 else 0.0,
             identical_channels=self.identical,
-            bandwidth_hz=_bandwidth(spectrum),
-            cutoff_hz=_cutoff(spectrum),
+            bandwidth_hz=bandwidth(spectrum),
+            cutoff_hz=cutoff(spectrum),
             waveform=_envelope(peaks),
         )
-
-
-def integrated_loudness(energies: np.ndarray) -> float | None:
-    """Integrated loudness in LUFS of `[n]` K-weighted mean squares of 0.1 s, summed over channels.
-
-    ITU-R BS.1770-4, annex 1: blocks of 0.4 s every 0.1 s, an absolute gate at -70 LUFS and a relative one 10 LU below
-    the mean of what passes it. None where nothing passes.
-    """
-    if len(energies) < 4:
-        return None
-    blocks = np.lib.stride_tricks.sliding_window_view(energies, 4).mean(axis=1)
-    blocks = blocks[blocks > 10 ** ((-70 + 0.691) / 10)]
-    if not len(blocks):
-        return None
-    return float(-0.691 + 10 * np.log10(blocks[blocks > 0.1 * blocks.mean()].mean()))
 
 
 def _envelope(peaks: np.ndarray) -> list[int]:
     starts = np.arange(ENVELOPE_POINTS) * len(peaks) // ENVELOPE_POINTS
     return np.minimum(99, np.round(99 * np.maximum.reduceat(peaks, starts))).astype(int).tolist()
-
-
-def _spectrum(seconds: list[np.ndarray]) -> np.ndarray:
-    """Energy per 1 Hz, `[24001]`, of both channels of the seconds, after a first difference.
-
-    The difference (+6 dB an octave) makes up for music's fall towards high frequencies.
-    """
-    from scipy.fft import rfft
-
-    window = np.hanning(SAMPLE_RATE - 1).astype(np.float32)
-    total = np.zeros(SAMPLE_RATE // 2 + 1)
-    for second in seconds:
-        step = np.diff(np.pad(second, ((0, 0), (0, SAMPLE_RATE - second.shape[1]))), axis=1)
-        bins = rfft(step * window, n=SAMPLE_RATE)
-        total += (np.square(bins.real) + np.square(bins.imag)).sum(axis=0)
-    return total
-
-
-def _bandwidth(spectrum: np.ndarray) -> float:
-    """Frequency below which 99.99 % of the energy of a spectrum per 1 Hz lies."""
-    total = spectrum.sum()
-    return float(np.searchsorted(np.cumsum(spectrum), 0.9999 * total)) if total > 0 else 0.0
-
-
-def _cutoff(spectrum: np.ndarray, *, lowest_hz: int = 9_000, drop_db: float = 20.0) -> float | None:
-    """Where the spectrum per 1 Hz falls by `drop_db` within 600 Hz and never comes back, None if nowhere.
-
-    An encoder's low-pass does that; music's own fall is slower (see `judge` for what was measured).
-    """
-    width = 100
-    bands = spectrum[: len(spectrum) // width * width].reshape(-1, width).mean(axis=1)
-    level = 10 * np.log10(np.maximum(bands, bands.max() * 1e-14 + 1e-30))
-    best = None
-    for edge in range(lowest_hz // width, len(level) - 8):
-        below = level[edge - 5 : edge].mean()
-        drop = below - level[edge + 3 : edge + 8].mean()
-        if drop >= drop_db and level[edge + 3 :].max() < below - drop_db / 2 and (best is None or drop > best[0]):
-            best = (drop, edge * width)
-    return None if best is None else float(best[1])
 
 
 def judge(track: str, measured: Measurements, *, sample_rate: int, channels: int) -> list[Finding]:

@@ -20,7 +20,7 @@ from ...progress import progress_bar
 from ...prompt_fields import INSTRUMENTAL
 from ..audio import SAMPLE_RATE, AudioError, read_audio, stream_audio
 from ..tracks import Track, describe_missing_tags
-from .analysis import ANALYSIS_VERSION, Finding, Measurements, analyse
+from .analysis import ANALYSIS_VERSION, Finding, Measurements, analyse, analysis_rate
 from .auto_tags import ESTIMATES_VERSION, AutoTags, Estimate, MiddleSection, estimate_tags, with_machine_made
 from .captioners import apply_captioner, load_captioner
 from .fingerprint import decode, encode
@@ -149,7 +149,8 @@ def _read(path: Path) -> dict | None:
 
 def _examine(track: Track) -> dict | Refusal:
     try:
-        measurements, words = analyse(stream_audio(track.source))
+        rate = analysis_rate(track.sample_rate)
+        measurements, words = analyse(stream_audio(track.source, sample_rate=rate), sample_rate=rate)
     except AudioError as error:
         return str(error)
     return {"measurements": measurements.as_dict(), "fingerprint": encode(words)}

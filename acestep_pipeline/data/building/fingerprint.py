@@ -13,7 +13,7 @@ were reported, both versions of one piece by their names ("theme1" and "theme1 r
 """
 
 import base64
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import soxr
@@ -49,22 +49,16 @@ _MAX_INDEXED = 1 << 22
 
 
 class Fingerprinter:
-    """Makes a fingerprint of the 48 kHz blocks `[2, n]` that pass through `listen`, in memory that stays flat."""
+    """Makes a fingerprint of blocks `[2, n]` at a rate in Hz, in memory that stays flat."""
 
-    def __init__(self):
-        self._resampler = soxr.ResampleStream(SAMPLE_RATE, _RATE, 1, dtype="float32", quality="HQ")
+    def __init__(self, sample_rate: int):
+        self._resampler = soxr.ResampleStream(sample_rate, _RATE, 1, dtype="float32", quality="HQ")
         self._window = np.hanning(_FRAME).astype(np.float32)
         self._rest = np.empty(0, np.float32)
         self._energies: list[np.ndarray] = []
 
-    def listen(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield the same blocks, having heard each."""
-        for block in blocks:
-            self.add(block)
-            yield block
-        self._add(self._resampler.resample_chunk(np.empty(0, np.float32), last=True))
-
     def add(self, block: np.ndarray) -> None:
+        """Hear what comes next."""
         self._add(self._resampler.resample_chunk(block[0] + block[1]))
 
     def _add(self, mono: np.ndarray) -> None:
@@ -81,7 +75,8 @@ class Fingerprinter:
         self._rest = rest[count * _HOP :]
 
     def words(self) -> np.ndarray:
-        """The fingerprint of what was heard: uint32 `[words]`, `WORDS_PER_S` a second; 0 is said of silence."""
+        """The fingerprint of all that was heard: uint32 `[words]`, `WORDS_PER_S` a second; 0 is said of silence."""
+        self._add(self._resampler.resample_chunk(np.empty(0, np.float32), last=True))
         if not self._energies:
             return np.empty(0, np.uint32)
         energies = np.concatenate(self._energies)
@@ -96,11 +91,11 @@ class Fingerprinter:
         return words
 
 
-def fingerprint(blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """The fingerprint of a 48 kHz waveform in blocks `[2, n]`: uint32 `[words]`, about 32 bytes a second."""
-    printer = Fingerprinter()
-    for _ in printer.listen(blocks):
-        pass
+def fingerprint(blocks: Iterable[np.ndarray], *, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """The fingerprint of a waveform in blocks `[2, n]`: uint32 `[words]`, about 32 bytes a second."""
+    printer = Fingerprinter(sample_rate)
+    for block in blocks:
+        printer.add(block)
     return printer.words()
 
 
