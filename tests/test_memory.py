@@ -115,6 +115,6 @@ def test_what_the_hardware_can_not_do_is_refused_before_anything_loads(monkeypat
             check_quantization_hardware(method, torch.device("mps"), sharded=False)
     check_quantization_hardware("none", torch.device("mps"), sharded=True)
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    monkeypatch.setattr("acestep_pipeline.training.setup.load_tracks", lambda *a, **k: pytest.fail("it read tracks"))
+    monkeypatch.setattr("acestep_pipeline.data.held_out.load_tracks", lambda *a, **k: pytest.fail("it read tracks"))
     with pytest.raises(UsageError, match="one process or DDP; FSDP and DeepSpeed divide weights"):
         train_here(demo_dir, tmp_path / "out", base_quantization="int8")

@@ -14,7 +14,7 @@ from diffusers import AceStepPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from acestep_pipeline.data import batching
+from acestep_pipeline.data import batching, held_out
 from acestep_pipeline.data.latent_cache import fingerprint
 from acestep_pipeline.data.tracks import find_audio_files
 from acestep_pipeline.training import setup
@@ -176,8 +176,8 @@ def test_a_weighted_run_over_windows_resumes_to_the_bit(demo_dir, tmp_path, monk
         tracks, problems = load_tracks(*args, **kwargs)
         return [replace(track, sampling_weight=w) for track, w in zip(tracks, weights, strict=True)], problems
 
-    load_tracks, load_latents = setup.load_tracks, batching.load_latents
-    monkeypatch.setattr(setup, "load_tracks", weighted)
+    load_tracks, load_latents = held_out.load_tracks, batching.load_latents
+    monkeypatch.setattr(held_out, "load_tracks", weighted)
     monkeypatch.setattr(batching, "load_latents", lambda track, window: heard.append((track.id, window.start_frame))
                         or load_latents(track, window))  # fmt: skip
     settings = {"max_train_steps": 14, "checkpointing_steps": 7, "lora_dropout": 0.1, "max_duration_s": 2}
