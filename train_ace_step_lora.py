@@ -10,20 +10,20 @@ This file is the training loop; what it is made of is in `acestep_pipeline/`. Th
 import argparse
 import contextlib
 import functools
-import math
 import sys
 import time
 from pathlib import Path
 
-from acestep_pipeline.errors import RunError, one_sentence_errors
+from acestep_pipeline.errors import one_sentence_errors
 from acestep_pipeline.paths import cache_dir
 from acestep_pipeline.training import arguments
 from acestep_pipeline.training.run_directory import (
     check_run_directory,
     clear_leftovers,
     clear_run,
-    describe_kept,
     find_checkpoint,
+    mark_finished,
+    nothing_left_to_do,
 )
 
 
@@ -68,7 +68,10 @@ def squared_error(model, batch: dict, condition_mask, silence_latent, null_condi
 
 def train(args: argparse.Namespace) -> None:
     """The whole run: accelerator → models and data → optimizer → resume → the loop → save."""
+    command = dict(vars(args))
     sources, checkpoint = check(args)
+    if checkpoint is not None and nothing_left_to_do(args.output_dir, command):
+        return
 
     import torch
     from torch.utils.data import DataLoader
@@ -79,7 +82,9 @@ def train(args: argparse.Namespace) -> None:
     from acestep_pipeline.hardware import describe_device
     from acestep_pipeline.progress import progress_bar
     from acestep_pipeline.training import checkpointing, optimization, setup, tracking
+    from acestep_pipeline.training.ema import AdapterAverage
     from acestep_pipeline.training.final_report import write_final_report
+    from acestep_pipeline.training.health import NanGuard
     from acestep_pipeline.training.interruption import Interruption, interrupted, shield_worker
     from acestep_pipeline.training.validation import choose_prompts
     from acestep_pipeline.training.validation_loss import LossMeter
@@ -195,6 +200,8 @@ def train(args: argparse.Namespace) -> None:
         patience=args.early_stopping_patience,
         log_to_tracker=args.report_to != "none",
     )
+    average = AdapterAverage(inputs.lora_parameters, args.ema_decay)
+    nan_guard = NanGuard(stops=args.on_nan == "stop", scaler=accelerator.scaler)
 
     # ------------------------------------------------------------------------------------------------------ resume
     state = {
@@ -203,6 +210,8 @@ def train(args: argparse.Namespace) -> None:
         "lr_scheduler": lr_scheduler,
         "scaler": accelerator.scaler,
         "validator": validator,
+        "ema": average,
+        "nan_guard": nan_guard,
     }
     settings = arguments.resume_settings(args, held_out=[track.id for track in inputs.held_out]) | facts
     settings |= {"num_processes": num_processes, "tracks": [track.id for track in tracks]}
@@ -211,6 +220,8 @@ def train(args: argparse.Namespace) -> None:
         checkpointing.check_same_settings(checkpoint, settings)
         done = checkpointing.load_checkpoint(checkpoint, **state)
         say(f"Resuming from {checkpoint}: {done} of {num_updates} updates are done.")
+        if done == num_updates:
+            say("All of them: only the adapter's file and the final report are made again.")
     elif args.resume_from_checkpoint is not None:
         say(f"There is no checkpoint in {args.output_dir} yet: starting from the beginning.")
     if main:
@@ -233,7 +244,7 @@ def train(args: argparse.Namespace) -> None:
     draw = arguments.draw_settings(args, items_per_update=planner.items_per_update)
     checkpoint_every = {"every_updates": args.checkpointing_steps, "every_epochs": args.checkpointing_epochs}
     channels = inputs.silence_latent.shape[-1]
-    started = time.monotonic()
+    started = time.monotonic() - (metrics_file.seconds if main else 0)
     interruption, stop = Interruption(), 0  # from here SIGTERM and SIGINT wait for the end of an update
     progress = progress_bar(total=num_updates, initial=done, desc="Training", unit="update", disable=not main)
 
@@ -256,7 +267,7 @@ def train(args: argparse.Namespace) -> None:
             # Dividing by the elements of the whole update, on every process, makes its loss one plain mean.
             items = [item for process in update for micro in process if micro.weight for item in micro.items]
             elements = channels * sum(tracks[item.track].crop_frames for item in items)
-            update_loss = torch.zeros((), device=device)
+            update_loss, losses = torch.zeros((), device=device), []
             for step, micro in enumerate(update[rank]):
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
                 # Dropout is keyed like all else that is random, so that a resumed run repeats it.
@@ -269,24 +280,23 @@ def train(args: argparse.Namespace) -> None:
                     loss = micro.weight * error / elements
                     accelerator.backward(loss * num_processes)  # DDP takes the mean over processes
                 update_loss += loss.detach()
+                losses.append(([tracks[item.track].id for item in micro.items], batch["sigmas"], loss.detach()))
 
             grad_norm = float(accelerator.clip_grad_norm_(inputs.lora_parameters, args.max_grad_norm))
             update_loss, stop = interruption.agree(accelerator, update_loss)
-            # An infinite gradient is fp16's way of finding its scale: the scaler skips that step.
-            if not math.isfinite(update_loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
-                names = ", ".join(sorted({tracks[item.track].id for item in items}))
-                raise RunError(
-                    f"the loss or gradient of update {done + 1} is not finite (tracks: {names}); try a lower "
-                    f"--learning_rate or --max_grad_norm. {describe_kept(args.output_dir)}"
-                )
             line = {"loss": update_loss, "grad_norm": grad_norm, "lr": optimization.current_learning_rate(optimizer)}
-            optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:
-                lr_scheduler.step()
+            if nan_guard.refuses(update_loss, grad_norm):
+                nan_guard.report(accelerator, losses, update=done + 1, output_dir=args.output_dir)
+                line["left_out"] = True
+            else:
+                optimizer.step()
+                if not accelerator.optimizer_step_was_skipped:
+                    lr_scheduler.step()
+                    average.update()
             optimizer.zero_grad()
             done += 1
             if validator.is_due(done, num_updates):
-                with optimization.averaged_weights(optimizer):
+                with optimization.averaged_weights(optimizer), average.applied():
                     validator.validate(transformer, update=done)
             over = stop or done == num_updates or validator.should_stop
 
@@ -313,12 +323,12 @@ def train(args: argparse.Namespace) -> None:
         metrics_file.close()
         validator.close()
     if main and not stop:
-        with optimization.averaged_weights(optimizer):
+        with optimization.averaged_weights(optimizer), average.applied():
             save_lora(transformer, args.output_dir)
     accelerator.wait_for_everyone()
     # Before the process group ends: a DDP model that outlives it waits in its destructor for the group's threads,
     # which wait for the interpreter. And the report loads a model of its own.
-    del model, transformer, inputs, optimizer, state, meter, validator
+    del model, transformer, inputs, optimizer, average, state, meter, validator
     accelerator.free_memory()
     accelerator.end_training()
     interruption.release()
@@ -346,6 +356,7 @@ def train(args: argparse.Namespace) -> None:
         card_rows=arguments.describe_run(args, facts, num_tracks=len(tracks), training_s=training_s),
     )
     print(report)
+    mark_finished(args.output_dir, command)
 
 
 if __name__ == "__main__":

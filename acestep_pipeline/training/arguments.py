@@ -32,7 +32,7 @@ RESUME_SETTINGS = (
     "num_updates", "optimizer",
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2",
     "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "max_duration_s", "base_quantization",
-    "trigger_word", "trigger_position", "tag_shuffle", "caption_dropout",
+    "trigger_word", "trigger_position", "tag_shuffle", "caption_dropout", "ema_decay",
 )  # fmt: skip
 
 
@@ -116,6 +116,8 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
     g.add_argument("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this")
+    g.add_argument("--on_nan", choices=("stop", "skip"), default="stop", help="an update with a NaN or infinite loss or gradient is left out and named; stop: three in a row end the run, skip: they don't")
+    g.add_argument("--ema_decay", type=float, help="average the adapter over the updates with this decay, e.g. 0.999 (less at first), and save the average; unset: don't")
     g.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="bf16", help="bf16 becomes fp32 where the hardware would be slower with it")
     g.add_argument("--allow_tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on CUDA")
     g = p.add_argument_group("memory")
@@ -200,6 +202,10 @@ def check_args(args: argparse.Namespace) -> None:
             f"--gradient_checkpointing_ratio must be in (0, 1], not {args.gradient_checkpointing_ratio}; "
             "--no-gradient_checkpointing turns it off."
         )
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise UsageError(f"--ema_decay must be between 0 and 1, not {args.ema_decay}.")
+    if args.ema_decay is not None and args.optimizer.startswith("schedulefree"):
+        raise UsageError(f"--optimizer {args.optimizer} averages the adapter itself; leave --ema_decay out.")
     for name in ("lora_dropout", "adam_beta1", "adam_beta2", "validation_fraction"):
         if not 0 <= getattr(args, name) < 1:
             raise UsageError(f"--{name} must be in [0, 1), not {getattr(args, name)}.")

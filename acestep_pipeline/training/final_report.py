@@ -59,7 +59,7 @@ def write_final_report(
             seed=seed,
             directory=output_dir / SAMPLES_DIR,
         )
-    metrics = read_metrics(output_dir / METRICS_NAME)
+    metrics = [line for line in read_metrics(output_dir / METRICS_NAME) if line["loss"] is not None]
     plot_loss(metrics, output_dir / PLOT_NAME)
     model = checkpoint["pretrained_model_name_or_path"]
     write_model_card(

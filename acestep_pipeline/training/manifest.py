@@ -21,7 +21,7 @@ def seal(directory: Path) -> None:
     for path in _files(directory):
         flush_to_disk(path)
         name = path.relative_to(directory).as_posix()
-        files.append({"file": name, "size": path.stat().st_size, "sha256": _sha256(path)})
+        files.append({"file": name, "size": path.stat().st_size, "sha256": sha256(path)})
     manifest = directory / MANIFEST_NAME
     manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
     for path in (manifest, *sorted({path.parent for path in _files(directory)})):
@@ -46,7 +46,7 @@ def find_damage(directory: Path) -> str | None:
             size = path.stat().st_size
             if size != entry["size"]:
                 return f"its {name} has {size} bytes instead of {entry['size']}"
-            if _sha256(path) != entry["sha256"]:
+            if sha256(path) != entry["sha256"]:
                 return f"its {name} has another SHA-256 than when it was written"
         except OSError as error:
             return f"its {name} can't be read ({error.strerror})"
@@ -57,6 +57,7 @@ def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,13 +3,15 @@
 Nothing here imports torch: a wrong flag should not cost its seconds.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 from ..errors import UsageError
+from ..files import write_text
 from ..paths import LORA_WEIGHTS_NAME, probe_writable
-from .manifest import find_damage
+from .manifest import find_damage, sha256
 from .tracking import ARGS_NAME, METRICS_NAME, VALIDATION_NAME
 
 CARD_NAME = "README.md"
@@ -20,6 +22,8 @@ BEST_DIR = "best"
 CHECKPOINT_PREFIX = "checkpoint-"
 PARTIAL_PREFIX = ".partial-"
 STATE_NAME = "trainer_state.json"
+# The command of a run whose adapter and report are complete, and the adapter's hash.
+FINISHED_NAME = "finished.json"
 
 
 def check_run_directory(output_dir: Path, *, resuming: bool, overwrite: bool) -> None:
@@ -60,7 +64,7 @@ def _run_folders(output_dir: Path) -> list[Path]:
 
 def _run_files(output_dir: Path) -> list[Path]:
     """What every run writes and nobody else would."""
-    return [output_dir / name for name in (METRICS_NAME, ARGS_NAME, LORA_WEIGHTS_NAME)]
+    return [output_dir / name for name in (METRICS_NAME, ARGS_NAME, LORA_WEIGHTS_NAME, FINISHED_NAME)]
 
 
 def clear_run(output_dir: Path) -> None:
@@ -108,6 +112,7 @@ def clear_leftovers(output_dir: Path, *, update: int) -> list[Path]:
     Returns:
         The checkpoints that were removed.
     """
+    (output_dir / FINISHED_NAME).unlink(missing_ok=True)
     own = (CHECKPOINT_PREFIX, *(file.name for file in _run_files(output_dir)))
     for name in own:
         for partial in output_dir.glob(f"{PARTIAL_PREFIX}{name}*"):
@@ -117,6 +122,30 @@ def clear_leftovers(output_dir: Path, *, update: int) -> list[Path]:
     for path in reversed(later):
         discard(path)
     return later
+
+
+def mark_finished(output_dir: Path, command: dict) -> None:
+    """Note, after the final report, that `command` (the arguments as they were given) has nothing left to do."""
+    write_text(output_dir / FINISHED_NAME, json.dumps(_completion(output_dir, command), indent=1))
+
+
+def nothing_left_to_do(output_dir: Path, command: dict) -> bool:
+    """Whether the same command has finished here, and its adapter is still the one it wrote; says so if it is."""
+    try:
+        finished = json.loads((output_dir / FINISHED_NAME).read_text(encoding="utf-8"))
+        if finished != _completion(output_dir, command):
+            return False
+    except (OSError, ValueError):
+        return False
+    if os.environ.get("RANK", "0") == "0":
+        print(f"The run in {output_dir} is finished: nothing is left to do.")
+    return True
+
+
+def _completion(output_dir: Path, command: dict) -> dict:
+    ignored = ("resume_from_checkpoint", "overwrite_output_dir", "debug")
+    given = {name: str(value) for name, value in command.items() if name not in ignored}
+    return {"adapter_sha256": sha256(output_dir / LORA_WEIGHTS_NAME), "command": given}
 
 
 def describe_kept(output_dir: Path) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
@@ -28,11 +29,14 @@ class MetricsFile:
         path = Path(output_dir) / name
         kept = [line for line in read_metrics(path) if line["update"] <= first_update] if path.is_file() else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        # What the run has taken up to here.
+        self.seconds = kept[-1]["seconds"] if kept else 0.0
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict) -> None:
-        """Append one update's values."""
-        self._file.write(json.dumps(line) + "\n")
+        """Append one update's values; NaN and infinity, which JSON lacks, become null."""
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def flush_to_disk(self) -> None:
