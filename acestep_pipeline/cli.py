@@ -9,6 +9,7 @@ from pathlib import Path
 from . import doctor
 from .errors import UsageError, one_sentence_errors
 from .paths import cache_dir, default_data, default_model, probe_writable
+from .presets import preset_names
 from .version import __version__
 
 
@@ -52,6 +53,21 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--caption_dropout", type=float, default=0.0, help="as in training: above 0 encodes texts "
                          "without tags (default: 0)")  # fmt: skip
     command.add_argument("--seed", type=int, default=42, help="as in training, for --tag_shuffle (default: 42)")
+
+    command = _command(
+        commands, "estimate", "predict memory and time of a training, before anything is downloaded", _estimate
+    )
+    command.epilog = "Every flag of train_ace_step_lora.py works here too, e.g. --rank 32 --max_duration_s 60."
+    command.add_argument("--preset", choices=preset_names(), help="as in training")
+    command.add_argument(
+        "--data", "--train_data_dir", help="folder of audio; unset: $ACESTEP_DATA, else /data, else ./data"
+    )
+    command.add_argument("--gpu", help="e.g. 'RTX 3060', h100; unset: all known ones")
+    command.add_argument("--config", choices=("2b", "xl"), help="the model's size; unset: the checkpoint's")
+    command.add_argument(
+        "--pretrained_model_name_or_path", help="a folder's own shape is read; of a Hub id only the name counts"
+    )
+    command.add_argument("--variant_dir", help="which DiT of an original-layout checkpoint, e.g. acestep-v15-base")
 
     command = _command(commands, "tiny-checkpoint", "write the embedded toy checkpoint to a folder", _tiny_checkpoint)
     command.add_argument("directory", type=Path, help="a new folder")
@@ -219,6 +235,12 @@ def _cache(args: argparse.Namespace) -> int:
     return 0 if cached else 2
 
 
+def _estimate(args: argparse.Namespace) -> int:
+    from .estimation import report
+
+    return report.run(args)
+
+
 def _dataset_build(args: argparse.Namespace) -> int:
     from .data.building.build_report import BuildOptions, describe_build
     from .data.building.ingest import build_dataset
@@ -246,6 +268,10 @@ def _tiny_checkpoint(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exit status 0 done, 1 the work failed, 2 wrong usage or input."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, training_flags = parser.parse_known_args(argv)
+    if training_flags and args.run is not _estimate:
+        parser.error(f"unrecognized arguments: {' '.join(training_flags)}")
+    args.training_flags = training_flags
     with one_sentence_errors(debug=args.debug):
         sys.exit(args.run(args))

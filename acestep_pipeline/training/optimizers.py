@@ -21,6 +21,7 @@ class OptimizerKind:
         averages: it is schedule-free: it does its own warm-up and takes no decaying schedule, and between
             `optimizer.eval()` and `optimizer.train()` the parameters are the averages that are to be used.
         fused: it has one kernel for all parameters on CUDA.
+        state_bytes: what it remembers of each parameter, in bytes.
     """
 
     constructor: str
@@ -30,15 +31,17 @@ class OptimizerKind:
     options: dict = field(default_factory=dict)
     averages: bool = False
     fused: bool = False
+    state_bytes: float = 8.0
 
 
 # Prodigy's options are those that its authors recommend for diffusion models (prodigyopt's README).
 OPTIMIZERS = {
     "adamw": OptimizerKind("torch.optim.AdamW", fused=True),
-    "adamw_8bit": OptimizerKind("bitsandbytes.optim.AdamW8bit", "bitsandbytes", "8bit"),
-    "paged_adamw_8bit": OptimizerKind("bitsandbytes.optim.PagedAdamW8bit", "bitsandbytes", "8bit"),
+    "adamw_8bit": OptimizerKind("bitsandbytes.optim.AdamW8bit", "bitsandbytes", "8bit", state_bytes=2 + 8 / 256),
+    "paged_adamw_8bit": OptimizerKind("bitsandbytes.optim.PagedAdamW8bit", "bitsandbytes", "8bit",
+                                      state_bytes=2 + 8 / 256),
     "prodigy": OptimizerKind("prodigyopt.Prodigy", "prodigyopt", "prodigy", learning_rate=1.0,
-                             options={"use_bias_correction": True, "safeguard_warmup": True}),
+                             options={"use_bias_correction": True, "safeguard_warmup": True}, state_bytes=16.0),
     "schedulefree_adamw": OptimizerKind("acestep_pipeline.training.schedule_free.AdamWScheduleFree", "schedulefree",
                                         "schedulefree", averages=True),
 }  # fmt: skip

@@ -1,0 +1,78 @@
+"""`acestep-lora estimate`, as it is typed."""
+
+import pytest
+
+from acestep_pipeline.cli import main
+from acestep_pipeline.errors import UsageError
+from acestep_pipeline.estimation.gpus import GPUS, find_gpu
+from acestep_pipeline.estimation.model_shapes import SHAPES, choose_shape, num_parameters
+from acestep_pipeline.presets import load_preset, preset_names
+
+SIZES = {"vram_8gb": "rtx 3070", "vram_12gb": "rtx 3060", "vram_16gb": "rtx 4060 ti", "vram_24gb": "rtx 3090"}
+XL_SIZES = {"xl_vram_16gb": "rtx 4080", "xl_vram_24gb": "rtx 4090"}
+
+
+def say(capsys, *flags) -> tuple[int, str, str]:
+    """Exit status and what was printed."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["estimate", *map(str, flags)])
+    printed = capsys.readouterr()
+    return stopped.value.code, printed.out, printed.err
+
+
+def test_shapes_have_as_many_parameters_as_the_published_models():
+    counts = {name: num_parameters(shape.build("transformer")) for name, shape in SHAPES.items()}
+    assert counts == {"2b": 1_575_458_880, "xl": 4_168_897_088}
+    assert round(num_parameters(SHAPES["2b"].build("text_encoder")) / 1e6) == 596
+
+
+def test_the_shape_is_a_folder_s_own_or_that_of_the_name(tiny_dir):
+    assert choose_shape(None, str(tiny_dir)).build("transformer").config.hidden_size == 64
+    assert choose_shape(None, "ACE-Step/acestep-v15-xl-base-diffusers").name == "xl"
+    assert choose_shape(None, "ACE-Step/acestep-v15-base").name == "2b"
+
+
+def test_gpus_are_found_by_what_people_call_them():
+    for name, full in (("RTX 3060 12GB", "RTX 3060 12GB"), ("h100", "H100 SXM 80GB"), ("rtx3090", "RTX 3090 24GB"),
+                       ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti 16GB"), ("4060", "RTX 4060 8GB")):  # fmt: skip
+        assert find_gpu(name).name == full
+    assert all(find_gpu(gpu.name) == gpu and gpu.source for gpu in GPUS)
+    with pytest.raises(
+        UsageError, match="'a100' is more than one of the known GPUs; give one of: A100 40GB, A100 80GB"
+    ):
+        find_gpu("a100")
+    with pytest.raises(UsageError, match="'voodoo' is none of the known GPUs; give one of: RTX 3060 12GB, "):
+        find_gpu("voodoo")
+
+
+@pytest.mark.parametrize(("preset", "gpu"), (SIZES | XL_SIZES).items())
+def test_each_memory_preset_fits_its_gpu_with_its_longest_windows(preset, gpu, capsys, monkeypatch, demo_dir):
+    long = lambda track, *rest: 25 * load_preset(preset)["max_duration_s"]  # noqa: E731
+    monkeypatch.setattr("acestep_pipeline.estimation.estimate.crop_frames", long)
+    size = "xl" if preset in XL_SIZES else "2b"
+    status, out, _ = say(capsys, "--preset", preset, "--gpu", gpu, "--config", size, "--data", demo_dir,
+                         "--min_duration_s", 1)  # fmt: skip
+    assert status == 0 and "It fits" in out and "Not yet measured on GPUs" in out, out
+    assert f"1 x {load_preset(preset)['max_duration_s']} s" in out
+
+
+def test_every_memory_preset_is_tried_above():
+    assert {name for name in preset_names() if "vram" in name} == SIZES.keys() | XL_SIZES.keys()
+
+
+def test_what_does_not_fit_is_told_a_preset_that_does(capsys, demo_dir):
+    flags = ("--data", demo_dir, "--min_duration_s", 1, "--config", "xl", "--preset", "c")
+    status, out, _ = say(capsys, *flags, "--gpu", "rtx 4060 ti", "--num_validation_samples", 0, "--rank", 512)
+    assert status == 1 and "It does not fit" in out
+    assert "--preset xl_vram_16gb fits" in out or "No preset makes it fit" in out
+    status, out, _ = say(capsys, *flags, "--gpu", "rtx 3070")
+    assert status == 1 and "No preset makes it fit there" in out
+
+
+def test_without_a_gpu_all_are_listed_and_unknown_flags_are_refused(capsys, demo_dir):
+    status, out, _ = say(capsys, "--data", demo_dir, "--min_duration_s", 1, "--pretrained_model_name_or_path", "tiny")
+    assert status == 0 and all(gpu.name in out for gpu in GPUS)
+    status, _, err = say(capsys, "--data", demo_dir, "--gpu", "voodoo")
+    assert status == 2 and "is none of the known GPUs" in err
+    status, _, err = say(capsys, "--data", demo_dir, "--no_such_flag", 1)
+    assert status == 2 and "no_such_flag" in err
