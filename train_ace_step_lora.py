@@ -8,8 +8,8 @@ This file is the training loop; what it is made of is in `acestep_pipeline/`. Th
 """
 
 import argparse
-import contextlib
 import functools
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -74,7 +74,7 @@ def train(args: argparse.Namespace) -> None:
         return
 
     import torch
-    from torch.utils.data import DataLoader
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
     from acestep_pipeline.adapter_settings import describe_kind
     from acestep_pipeline.adapters import save_lora
@@ -82,10 +82,11 @@ def train(args: argparse.Namespace) -> None:
     from acestep_pipeline.hardware import describe_device
     from acestep_pipeline.progress import progress_bar
     from acestep_pipeline.training import checkpointing, optimization, setup, tracking
+    from acestep_pipeline.training.batch_size import BatchSize
     from acestep_pipeline.training.ema import AdapterAverage
     from acestep_pipeline.training.final_report import write_final_report
     from acestep_pipeline.training.health import NanGuard
-    from acestep_pipeline.training.interruption import Interruption, interrupted, shield_worker
+    from acestep_pipeline.training.interruption import Interruption, interrupted
     from acestep_pipeline.training.validation import choose_prompts
     from acestep_pipeline.training.validation_loss import LossMeter
     from acestep_pipeline.training.validator import Validator
@@ -140,11 +141,12 @@ def train(args: argparse.Namespace) -> None:
     arguments.fill_model_defaults(args, transformer.config, is_turbo=inputs.is_turbo)
 
     # -------------------------------------------------------------------------------------- optimizer and schedule
+    batch_size = BatchSize(args.effective_batch_size, args.train_batch_size)
     planner = batching.EpochPlanner(
         tracks,
         seed=args.seed,
-        micro_batch_size=args.train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
+        effective_batch_size=batch_size.effective,
+        micro_batch_size=batch_size.micro,
         num_processes=num_processes,
     )
     per_epoch = planner.updates_per_epoch
@@ -194,7 +196,7 @@ def train(args: argparse.Namespace) -> None:
         steps=arguments.validation_steps(
             args,
             updates_per_epoch=per_epoch,
-            items_per_update=planner.items_per_update,
+            items_per_update=planner.effective_batch_size,
             num_held_out=len(inputs.held_out),
         ),
         patience=args.early_stopping_patience,
@@ -212,6 +214,7 @@ def train(args: argparse.Namespace) -> None:
         "validator": validator,
         "ema": average,
         "nan_guard": nan_guard,
+        "planner": planner,
     }
     settings = arguments.resume_settings(args, held_out=[track.id for track in inputs.held_out]) | facts
     settings |= {"num_processes": num_processes, "tracks": [track.id for track in tracks]}
@@ -238,11 +241,12 @@ def train(args: argparse.Namespace) -> None:
     # -------------------------------------------------------------------------------------------------------- loop
     say(
         f"Training {sum(p.numel() for p in inputs.lora_parameters):,} parameters on "
-        f"{setup.describe_tracks(tracks, inputs.frames_per_second)}: {num_updates} updates of "
-        f"{planner.items_per_update} windows, {per_epoch} an epoch."
+        f"{setup.describe_tracks(tracks, inputs.frames_per_second)}: {num_updates} updates, {per_epoch} an epoch.\n"
+        f"{batch_size.describe(num_processes)}."
     )
-    draw = arguments.draw_settings(args, items_per_update=planner.items_per_update)
+    draw = arguments.draw_settings(args, items_per_update=planner.effective_batch_size)
     checkpoint_every = {"every_updates": args.checkpointing_steps, "every_epochs": args.checkpointing_epochs}
+    loader = batching.BatchLoader(tracks, draw, pin_memory=device.type == "cuda")
     channels = inputs.silence_latent.shape[-1]
     started = time.monotonic() - (metrics_file.seconds if main else 0)
     interruption, stop = Interruption(), 0  # from here SIGTERM and SIGINT wait for the end of an update
@@ -250,40 +254,49 @@ def train(args: argparse.Namespace) -> None:
 
     if done == 0:
         validator.validate(transformer, update=0)
+    # Again from an update whose forward passes did not fit into memory.
     while done < num_updates and not stop and not validator.should_stop:
-        epoch = done // per_epoch
-        plan = planner.plan(epoch)[done % per_epoch :][: num_updates - done]
-        own_micro_batches = [micro for update in plan for micro in update[rank]]
-        batches = iter(
-            DataLoader(
-                batching.MicroBatchDataset(tracks, own_micro_batches, draw),
-                batch_size=None,
-                num_workers=args.dataloader_num_workers,
-                pin_memory=device.type == "cuda",
-                worker_init_fn=shield_worker,
-            )
-        )
-        for update in plan:
+        plans, ahead = itertools.tee(planner.plans_from(done, num_updates))
+        own_micro_batches = (micro for update in ahead for micro in update[rank])
+        batches = loader.stream(own_micro_batches, num_workers=args.dataloader_num_workers)
+        for update in plans:
             # Dividing by the elements of the whole update, on every process, makes its loss one plain mean.
             items = [item for process in update for micro in process if micro.weight for item in micro.items]
             elements = channels * sum(tracks[item.track].crop_frames for item in items)
-            update_loss, losses = torch.zeros((), device=device), []
-            for step, micro in enumerate(update[rank]):
-                batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-                # Dropout is keyed like all else that is random, so that a resumed run repeats it.
-                torch.manual_seed(batching.keyed_seed(args.seed, "dropout", done, step, rank))
-                sync = step == len(update[rank]) - 1
-                with contextlib.nullcontext() if sync else accelerator.no_sync(model):
-                    error = squared_error(
-                        model, batch, inputs.condition_mask, inputs.silence_latent, inputs.null_condition_emb
-                    )
-                    loss = micro.weight * error / elements
-                    accelerator.backward(loss * num_processes)  # DDP takes the mean over processes
-                update_loss += loss.detach()
-                losses.append(([tracks[item.track].id for item in micro.items], batch["sigmas"], loss.detach()))
+            update_loss, losses, fits = torch.zeros((), device=device), [], True
+            try:
+                for step, micro in enumerate(update[rank]):
+                    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+                    # Dropout is keyed like all else that is random, so that a resumed run repeats it.
+                    torch.manual_seed(batching.keyed_seed(args.seed, "dropout", done, step, rank))
+                    with accelerator.no_sync(model):  # gradients are summed over processes below
+                        loss = squared_error(
+                            model, batch, inputs.condition_mask, inputs.silence_latent, inputs.null_condition_emb
+                        )
+                        loss = micro.weight * loss / elements
+                        accelerator.backward(loss)
+                    update_loss += loss.detach()
+                    losses.append(([tracks[item.track].id for item in micro.items], batch["sigmas"], loss.detach()))
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                fits = False
 
+            sums = torch.stack([update_loss, update_loss.new_tensor(not fits)])
+            (update_loss, misfits), stop = interruption.agree(accelerator, sums)
+            if misfits:  # on any process: all of them divide the update anew
+                loss = batch = None
+                stop = 0  # after the update, as ever: the signal is heard again
+                optimizer.zero_grad()
+                frames = planner.halve(update)
+                clear_device_cache(garbage_collection=True)
+                say(
+                    f"warning: update {done + 1} did not fit into memory; it is repeated, now with at most "
+                    f"{frames / inputs.frames_per_second:g} s of music in a forward pass of several windows."
+                )
+                break
+            optimization.sum_gradients(inputs.lora_parameters)
             grad_norm = float(accelerator.clip_grad_norm_(inputs.lora_parameters, args.max_grad_norm))
-            update_loss, stop = interruption.agree(accelerator, update_loss)
             line = {"loss": update_loss, "grad_norm": grad_norm, "lr": optimization.current_learning_rate(optimizer)}
             if nan_guard.refuses(update_loss, grad_norm):
                 nan_guard.report(accelerator, losses, update=done + 1, output_dir=args.output_dir)
@@ -294,6 +307,7 @@ def train(args: argparse.Namespace) -> None:
                     lr_scheduler.step()
                     average.update()
             optimizer.zero_grad()
+            epoch = done // per_epoch
             done += 1
             if validator.is_due(done, num_updates):
                 with optimization.averaged_weights(optimizer), average.applied():
@@ -315,6 +329,7 @@ def train(args: argparse.Namespace) -> None:
                     )
             if over:
                 break
+        batches.close()
     progress.close()
 
     # -------------------------------------------------------------------------------------------------------- save

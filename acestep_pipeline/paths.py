@@ -108,9 +108,9 @@ def check_shared_memory() -> tuple[str, ...]:
         return "ok", f"{sys.platform} doesn't use /dev/shm"
     free = free_space_bytes(shm) if shm.is_dir() else 0
     if free < 64 * 1024**2:
-        fix = "start the container with `--shm-size 1g`, or train with --dataloader_num_workers 0"
-        return "warning", f"/dev/shm has {free / 1024**2:.0f} MiB free: DataLoader workers may die", fix
-    return "ok", f"/dev/shm: {free / GIB:.1f} GiB free for DataLoader workers"
+        fix = "start the container with `--shm-size 1g`, or train on one GPU"
+        return "warning", f"/dev/shm has {free / 1024**2:.0f} MiB free: NCCL needs more between GPUs", fix
+    return "ok", f"/dev/shm: {free / GIB:.1f} GiB free, for NCCL between GPUs"
 
 
 def check_model(model: str | None) -> tuple[str, ...]:

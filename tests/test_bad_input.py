@@ -240,6 +240,7 @@ def test_a_bad_lora_config(music, tmp_path, refused, content, reason):
 # --- Values
 
 WRONG_VALUES = {
+    "effective_batch_size": [0, -4],
     "train_batch_size": [0],
     "gradient_accumulation_steps": [-1],
     "learning_rate": [-1e-4, 0, "nan", "inf"],

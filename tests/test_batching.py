@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 
 from acestep_pipeline.conditioning import PromptFields
 from acestep_pipeline.data.batching import (
+    BatchLoader,
     DrawSettings,
     EpochPlanner,
     Item,
     MicroBatch,
-    MicroBatchDataset,
     Visits,
     keyed_generator,
 )
 from acestep_pipeline.data.latent_cache import CachedTrack, Window, load_condition, plan_windows
+from acestep_pipeline.errors import RunError
 from acestep_pipeline.files import write_tensors
 
 SHAPES = [(50, 9), (50, 9), (100, 9), (50, 11), (50, 9), (100, 9), (100, 12), (50, 9), (50, 9), (100, 9)]
@@ -53,9 +54,14 @@ TRACKS = [
 ]  # fmt: skip
 
 
-def planner(tracks=TRACKS, *, seed=0, micro_batch_size=1, accumulation=4, num_processes=1):
+def planner(tracks=TRACKS, *, seed=0, micro_batch_size=1, accumulation=4, num_processes=1, lock_step=True):
     return EpochPlanner(
-        tracks, seed=seed, micro_batch_size=micro_batch_size, accumulation=accumulation, num_processes=num_processes
+        tracks,
+        seed=seed,
+        effective_batch_size=micro_batch_size * accumulation * num_processes,
+        micro_batch_size=micro_batch_size,
+        num_processes=num_processes,
+        lock_step=lock_step,
     )
 
 
@@ -148,6 +154,77 @@ def test_a_planner_that_starts_anywhere_gives_the_same_plan():
     assert [in_turn.plan(epoch) for epoch in (5, 5, 2, 11)] == [plans[epoch] for epoch in (5, 5, 2, 11)]
 
 
+def test_tracks_of_one_length_share_updates():
+    """40 tracks of three lengths in updates of 4: only what is left over of each length is mixed."""
+    tracks = [track(frames) for frames in [50] * 18 + [100] * 13 + [150] * 9]
+    for epoch in range(3):
+        lengths = [{tracks[item.track].crop_frames for item in items} for items in planner(tracks).updates(epoch)]
+        assert len(lengths) == 10 and [len(found) for found in lengths].count(1) >= 9
+        assert lengths != sorted(lengths, key=max), "long and short updates are in no order"
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([50, 100, 150, 200]), st.floats(0.1, 10)), min_size=1, max_size=40),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.none() | st.integers(1, 900),
+    st.booleans(),
+)
+def test_no_visit_is_repeated_or_dropped(tracks, effective, processes, micro, frames_in_pass, lock_step):
+    tracks = [track(frames, weight=weight) for frames, weight in tracks]
+    plans = EpochPlanner(tracks, seed=3, effective_batch_size=effective, micro_batch_size=micro,
+                         num_processes=processes, lock_step=lock_step)  # fmt: skip
+    plans.frames_in_pass = frames_in_pass
+    for epoch in range(2):
+        plan = plans.plan(epoch)
+        assert len(plan) == plans.updates_per_epoch
+        assert Counter(visited(plan)) == Counter(plans.visits.items(epoch))
+        assert all(len(items) == effective for items in plans.updates(epoch)[:-1]) or len(tracks) % effective
+        for number, update in enumerate(plan):
+            slots = [slot for process in update for m in process if m.weight for slot in m.slots]
+            assert sorted(slots) == list(range(len(slots))) and len(slots) <= effective
+            for m in (m for process in update for m in process):
+                assert m.update == epoch * len(plan) + number and len(m.items) <= micro
+                assert len(m.items) == 1 or frames_in_pass is None or plans.frames(m) <= frames_in_pass
+                assert len({tracks[item.track].crop_frames for item in m.items}) == 1
+            if lock_step:
+                assert len({len(process) for process in update}) == 1
+            else:
+                assert all(m.weight for process in update for m in process)
+
+
+def test_updates_from_anywhere_go_on_over_the_epochs():
+    plans = planner()
+    whole = [update for epoch in range(3) for update in plans.plan(epoch)]
+    assert plans.updates_per_epoch == 3
+    assert list(plans.plans_from(0, 9)) == whole
+    assert list(plans.plans_from(4, 8)) == whole[4:8]
+    assert list(plans.plans_from(5, 5)) == []
+
+
+def test_work_is_shared_out_by_its_length():
+    tracks = [track(frames) for frames in (200, 100, 100, 50, 50)]
+    ((first, second),) = planner(tracks, accumulation=3, num_processes=2, lock_step=False).plan(0)
+    assert {sum(planner(tracks).frames(micro) for micro in process) for process in (first, second)} == {250}
+
+
+def test_half_of_what_did_not_fit_until_one_window_is_left():
+    tracks = [track(100)] * 8
+    plans = planner(tracks, micro_batch_size=8, accumulation=1)
+    sizes = []
+    while True:
+        (update,) = plans.plan(0)
+        sizes.append([len(micro.items) for micro in update[0]])
+        try:
+            assert plans.halve(update) == 100 * max(sizes[-1]) // 2
+        except RunError as error:
+            assert "one window" in str(error) and "--max_duration_s" in str(error)
+            break
+    assert sizes == [[8], [4, 4], [2, 2, 2, 2], [1] * 8]
+
+
 # --- Weights
 
 
@@ -192,7 +269,7 @@ def test_weights_far_apart_are_exact():
 def test_repeats_make_an_epoch_longer_and_each_is_a_visit(micro_batch_size, accumulation, num_processes):
     tracks = [track(num_frames=100, repeats=repeats) for repeats in (3, 1, 1, 5)]
     plans = planner(tracks, micro_batch_size=micro_batch_size, accumulation=accumulation, num_processes=num_processes)
-    assert plans.updates_per_epoch == -(-10 // plans.items_per_update)
+    assert plans.updates_per_epoch == -(-10 // plans.effective_batch_size)
     for epoch in range(4):
         plan = plans.plan(epoch)
         assert len(plan) == plans.updates_per_epoch and plan[0][0][0].update == epoch * len(plan)
@@ -240,7 +317,7 @@ def tracks(tmp_path):
 
 
 def draw(tracks, micro):
-    return MicroBatchDataset(tracks, [micro], SETTINGS)[0]
+    return BatchLoader(tracks, SETTINGS).load(micro)
 
 
 def test_an_items_draws_depend_on_update_and_slot_alone(tracks):
@@ -251,6 +328,14 @@ def test_an_items_draws_depend_on_update_and_slot_alone(tracks):
             assert torch.equal(tensor[0], whole[name][position]), name
     assert not torch.equal(whole["noise"][0], whole["noise"][1]), "two processes see different noise"
     assert whole["sigmas"][0] != whole["sigmas"][1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_a_stream_is_what_load_gives_in_order_whatever_reads_it(tracks, num_workers):
+    micros = [micro for update in planner(tracks, accumulation=1).plans_from(0, 30) for micro in update[0]]
+    loader = BatchLoader(tracks, SETTINGS)
+    for micro, batch in zip(micros, loader.stream(iter(micros), num_workers=num_workers), strict=True):
+        assert all(torch.equal(tensor, batch[name]) for name, tensor in loader.load(micro).items())
 
 
 def test_conditions_of_unequal_length_come_with_a_mask(tracks, tmp_path):

@@ -17,7 +17,7 @@ from transformers import Qwen3Model
 from acestep_pipeline import ACEStepPipeline
 from acestep_pipeline.conditioning import PromptFields, context_latents, encode_condition
 from acestep_pipeline.data.audio import read_audio, write_audio
-from acestep_pipeline.data.batching import DrawSettings, Item, MicroBatch, MicroBatchDataset
+from acestep_pipeline.data.batching import BatchLoader, DrawSettings, Item, MicroBatch
 from acestep_pipeline.data.latent_cache import (
     LatentCache,
     crop_frames,
@@ -267,10 +267,22 @@ def test_a_file_that_cannot_be_written_says_what_to_do(cache, track):
         (1000, 2.0, 50),
         (1000, 3.99, 50),
         (1000, 1.99, 0),
+        (31 * 25, 240.0, 30 * 25),
+        (35 * 25, 240.0, 32 * 25),
+        (215 * 25, 240.0, 208 * 25),
+        (215 * 25, 214.0, 214 * 25),
+        (239 * 25, 240.0, 224 * 25),
     ],
 )
-def test_crops_are_the_longest_even_number_of_seconds(num_frames, max_duration_s, expected):
+def test_crops_are_the_longest_duration_bucket(num_frames, max_duration_s, expected):
     assert crop_frames(num_frames, max_duration_s, 25.0) == expected
+
+
+def test_a_bucket_is_at_least_eight_ninths_of_what_a_crop_could_be_and_there_are_few():
+    lengths = {frames: crop_frames(frames, 600.0, 25.0) for frames in range(50, 15_001)}
+    assert all(length % 50 == 0 and length <= frames for frames, length in lengths.items())
+    assert all(length >= 8 / 9 * (frames // 50 * 50) for frames, length in lengths.items())
+    assert len(set(lengths.values())) == 50, "of 300 even numbers of seconds"
 
 
 def test_the_model_is_told_the_length_of_the_crop(track):
@@ -306,13 +318,9 @@ def test_the_windows_of_a_long_track_cover_it_and_share_a_condition(cache, long_
     assert (entry.num_frames, entry.crop_frames) == (505, 50)
     assert [window.start_frame for window in entry.windows] == [0, 45, 91, 136, 182, 227, 273, 318, 364, 409, 455]
     assert len({window.condition_file for window in entry.windows}) == 1
-    dataset = MicroBatchDataset(
-        [entry],
-        [MicroBatch(0, (Item(0, number),), (0,)) for number in range(len(entry.windows))],
-        DrawSettings(seed=0, cfg_dropout=0.0),
-    )
-    for index, window in enumerate(entry.windows):
-        (latents,) = dataset[index]["latents"]
+    loader = BatchLoader([entry], DrawSettings(seed=0, cfg_dropout=0.0))
+    for number, window in enumerate(entry.windows):
+        (latents,) = loader.load(MicroBatch(0, (Item(0, number),), (0,)))["latents"]
         assert torch.equal(latents[:, 0], window.start_frame + torch.arange(50.0))
 
 

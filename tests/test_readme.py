@@ -89,7 +89,7 @@ def test_the_presets_table_is_the_presets():
         )
         assert float(rows["learning rate"].split(",")[0]) == preset["learning_rate"]
         assert rows["length"] == f"{preset['num_train_epochs']} epochs"
-        assert rows["tracks in an update"] == f"{preset['train_batch_size']} × {preset['gradient_accumulation_steps']}"
+        assert rows["windows in an update"] == str(preset["effective_batch_size"])
         assert float(rows["gradient clip"]) == preset["max_grad_norm"]
     smoke = load_preset("smoke")
     assert (smoke["max_train_steps"], smoke["max_train_samples"], smoke["max_duration_s"]) == (5, 5, 30)

@@ -122,10 +122,9 @@ def test_the_loss_falls_when_overfitting_one_clip(demo_dir, tmp_path):
 def test_the_same_update_however_it_is_divided(demo_dir, tmp_path):
     """One forward pass of four items, or four of one: the same adapter, without dropout."""
     results = []
-    for batch, accumulation in ((4, 1), (1, 4)):
-        output = tmp_path / f"{batch}x{accumulation}"
-        train_here(demo_dir, output, train_batch_size=batch, gradient_accumulation_steps=accumulation, lora_dropout=0,
-                   max_train_steps=3)  # fmt: skip
+    for division in ({"effective_batch_size": 4}, {"gradient_accumulation_steps": 4}):
+        output = tmp_path / str(len(results))
+        train_here(demo_dir, output, lora_dropout=0, max_train_steps=3, **division)
         results.append((metrics(output), load_file(output / WEIGHTS)))
     (metrics_a, adapter_a), (metrics_b, adapter_b) = results
     for a, b in zip(metrics_a, metrics_b, strict=True):
@@ -224,7 +223,7 @@ def test_a_song_with_timed_lyrics_is_told_what_is_sung_in_each_window(demo_dir, 
         batching, "load_condition", lambda window: told.append(window.fields) or load_condition(window)
     )
     train_here(music, tmp_path / "out", max_train_steps=6, max_duration_s=2)
-    assert "1 tracks, 2 windows of up to 2 s: 6 updates of 1 windows, 1 an epoch." in capsys.readouterr().out
+    assert "1 tracks, 2 windows of up to 2 s: 6 updates, 1 an epoch." in capsys.readouterr().out
     for visits in (told[:2], told[2:4], told[4:]):
         assert {fields.lyrics for fields in visits} == {"[Verse]\neins", "[Chorus]\nzwei"}
     assert {fields.audio_duration for fields in told} == {2.0}
@@ -275,8 +274,9 @@ def test_bf16_trains_and_is_heard(demo_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "add_lora", lambda model, *a, **k: watched.append(model) or original(model, *a, **k))
     for name, checkpointing in (("plain", False), ("checkpointed", True)):
         train_here(demo_dir, tmp_path / name, max_train_steps=2, max_train_samples=2, lora_dropout=0,
-                   gradient_checkpointing=checkpointing, num_validation_samples=0 if checkpointing else 1,
-                   validation_duration_s=2, validation_inference_steps=1)  # fmt: skip
+                   mixed_precision="bf16", gradient_checkpointing=checkpointing,
+                   num_validation_samples=0 if checkpointing else 1, validation_duration_s=2,
+                   validation_inference_steps=1)  # fmt: skip
     dtypes = {p.requires_grad: p.dtype for p in watched[0].parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "plain" / WEIGHTS).values())

@@ -52,7 +52,12 @@ def test_one_forward_pass_of_four_or_four_of_one(unequal_dir, tmp_path, settings
 
 def test_four_processes(unequal_dir, tmp_path):
     process = start(
-        unequal_dir, tmp_path / "run", script=ROOT / "tests" / "gradient_probe.py", num_processes=4, **PLAIN
+        unequal_dir,
+        tmp_path / "run",
+        script=ROOT / "tests" / "gradient_probe.py",
+        config="ddp.yaml",
+        launch_flags=["--num_processes", "4", "--main_process_port", "0"],
+        **PLAIN,
     )
     log, _ = process.communicate(timeout=300)
     assert process.returncode == 0, log

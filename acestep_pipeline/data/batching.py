@@ -6,13 +6,14 @@ micro-batch size, accumulation and number of processes, and a resumed run replay
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import Dataset
 
 from ..condition_mask import pad_conditions
+from ..engines import map_in_order
+from ..errors import RunError
 from .draws import DrawSettings, draw_noise, draw_timestep, keyed_generator, keyed_seed, loss_weighting, shuffled
 from .latent_cache import CachedTrack, Window, load_condition, load_latents
 
@@ -27,7 +28,7 @@ class Item:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Items of one forward pass. `weight` 0 marks a stand-in that keeps ranks in step and adds nothing."""
+    """Items of one forward pass. `weight` 0 marks a stand-in that keeps processes in step and adds nothing."""
 
     update: int
     items: tuple[Item, ...]
@@ -95,8 +96,10 @@ class Visits:
 class EpochPlanner:
     """The micro-batches of any epoch, for every process.
 
-    The visits of an epoch are cut into updates of `micro_batch_size * accumulation * num_processes` items; the last
-    may hold fewer. Within an update, items of equal latent length share micro-batches: latents are never padded.
+    The visits of an epoch are cut into updates of `effective_batch_size` items over all processes; the last of an
+    epoch may hold fewer. As far as the visits allow, the items of an update have one latent length, and so fit into
+    one forward pass: latents are never padded. Which items make up an update depends on neither the number of
+    processes nor the size of their micro-batches.
     """
 
     def __init__(
@@ -104,47 +107,111 @@ class EpochPlanner:
         tracks: Sequence[CachedTrack],
         *,
         seed: int,
+        effective_batch_size: int,
         micro_batch_size: int,
-        accumulation: int,
-        num_processes: int,
+        num_processes: int = 1,
+        lock_step: bool = False,
     ) -> None:
+        """Take the most items of a forward pass on a process, and whether processes must make equally many of them."""
+        self.seed = seed
+        self.effective_batch_size = effective_batch_size
         self.micro_batch_size = micro_batch_size
         self.num_processes = num_processes
-        self.items_per_update = micro_batch_size * accumulation * num_processes
+        self.lock_step = lock_step
+        # The most latent frames in a forward pass of several items; None where memory has set no limit yet.
+        self.frames_in_pass: int | None = None
         self.visits = Visits(
             [len(track.windows) for track in tracks],
             [track.weight for track in tracks],
             [track.repeats for track in tracks],
             seed=seed,
         )
-        self.updates_per_epoch = -(-self.visits.visits_per_epoch // self.items_per_update)
+        self.updates_per_epoch = -(-self.visits.visits_per_epoch // effective_batch_size)
         self.crop_frames = [track.crop_frames for track in tracks]
 
-    def plan(self, epoch: int) -> list[list[list[MicroBatch]]]:
-        """`[update][process] -> micro-batches`; each process has the same number of micro-batches in an update."""
-        items = self.visits.items(epoch)
-        plan = []
-        for start in range(0, len(items), self.items_per_update):
-            update = epoch * self.updates_per_epoch + len(plan)
-            micro_batches = self._micro_batches(items[start : start + self.items_per_update], update)
-            per_process = [micro_batches[process :: self.num_processes] for process in range(self.num_processes)]
-            steps = max(map(len, per_process))
-            for own in per_process:
-                stand_in = own[0] if own else micro_batches[0]
-                own += [MicroBatch(update, stand_in.items, stand_in.slots, weight=0.0)] * (steps - len(own))
-            plan.append(per_process)
-        return plan
+    def state_dict(self) -> dict:
+        """What memory has taught, for a checkpoint: a resumed run divides its updates as this one does."""
+        return {"frames_in_pass": self.frames_in_pass}
 
-    def _micro_batches(self, items: list[Item], update: int) -> list[MicroBatch]:
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` gave."""
+        self.frames_in_pass = state["frames_in_pass"]
+
+    def updates(self, epoch: int) -> list[list[Item]]:
+        """The items of each update of an epoch, every visit once, in the order in which they are trained on."""
+        buckets = defaultdict(list)
+        updates = []
+        for item in self.visits.items(epoch):
+            bucket = buckets[self.crop_frames[item.track]]
+            bucket.append(item)
+            if len(bucket) == self.effective_batch_size:
+                updates.append(bucket.copy())
+                bucket.clear()
+        rest = [item for _, bucket in sorted(buckets.items()) for item in bucket]
+        size = self.effective_batch_size
+        updates += [rest[start : start + size] for start in range(0, len(rest), size)]
+        return [updates[index] for index in shuffled(len(updates), self.seed, "updates", epoch)]
+
+    def plan(self, epoch: int) -> list[list[list[MicroBatch]]]:
+        """`[update][process] -> micro-batches`; in lock step each process has as many of them as the others."""
+        first = epoch * self.updates_per_epoch
+        return [self._divide(items, first + number) for number, items in enumerate(self.updates(epoch))]
+
+    def plans_from(self, update: int, stop: int) -> Iterator[list[list[MicroBatch]]]:
+        """`[process] -> micro-batches` of the updates from `update` to before `stop`, over the epochs."""
+        while update < stop:
+            epoch, position = divmod(update, self.updates_per_epoch)
+            for planned in self.plan(epoch)[position:][: stop - update]:
+                yield planned
+                update += 1
+
+    def frames(self, micro: MicroBatch) -> int:
+        """Latent frames of a micro-batch, over its items."""
+        return sum(self.crop_frames[item.track] for item in micro.items)
+
+    def halve(self, planned: list[list[MicroBatch]]) -> int:
+        """Allow half the frames of the largest forward pass of an update that did not fit into memory.
+
+        Returns:
+            The most latent frames in a forward pass of several items from now on.
+
+        Raises:
+            RunError: that pass is of one item: there is nothing to halve.
+        """
+        largest = max((micro for process in planned for micro in process), key=self.frames)
+        if len(largest.items) == 1:
+            raise RunError(
+                "memory ran out in a forward pass of one window, the least there is; train with "
+                "--gradient_checkpointing, a shorter --max_duration_s or a smaller --rank."
+            )
+        self.frames_in_pass = self.frames(largest) // 2
+        return self.frames_in_pass
+
+    def _divide(self, items: list[Item], update: int) -> list[list[MicroBatch]]:
+        """Micro-batches of equal length, the longest first, each to the process that has the least to do."""
         by_length = defaultdict(list)
         for slot, item in enumerate(items):
             by_length[self.crop_frames[item.track]].append((item, slot))
-        batches = []
-        for group in by_length.values():
-            for start in range(0, len(group), self.micro_batch_size):
-                chunk = group[start : start + self.micro_batch_size]
-                batches.append(MicroBatch(update, tuple(item for item, _ in chunk), tuple(slot for _, slot in chunk)))
-        return batches
+        per_process = [[] for _ in range(self.num_processes)]
+        load = [0] * self.num_processes
+        for length in sorted(by_length, reverse=True):
+            group, size = by_length[length], self._items_in_pass(length)
+            for start in range(0, len(group), size):
+                chunk_items, slots = zip(*group[start : start + size], strict=True)
+                process = load.index(min(load))
+                load[process] += length * len(slots)
+                per_process[process].append(MicroBatch(update, chunk_items, slots))
+        if self.lock_step:
+            steps = max(map(len, per_process))
+            for own in per_process:
+                stand_in = own[-1] if own else per_process[0][-1]  # the shortest it has
+                own += [MicroBatch(update, stand_in.items, stand_in.slots, weight=0.0)] * (steps - len(own))
+        return per_process
+
+    def _items_in_pass(self, frames: int) -> int:
+        if self.frames_in_pass is None:
+            return self.micro_batch_size
+        return max(1, min(self.micro_batch_size, self.frames_in_pass // frames))
 
 
 def draw_wording(window: Window, settings: DrawSettings, update: int, slot: int) -> Window:
@@ -159,19 +226,22 @@ def draw_wording(window: Window, settings: DrawSettings, update: int, slot: int)
     return window.without_tags if dropped else orders[order]
 
 
-class MicroBatchDataset(Dataset):
-    """Index a list of `MicroBatch`es, get the tensors of a forward pass (in float32, on the CPU)."""
+class BatchLoader:
+    """From a `MicroBatch` to the tensors of a forward pass (in float32, on the CPU). Several threads may call it."""
 
-    def __init__(self, tracks: list[CachedTrack], micro_batches: list[MicroBatch], settings: DrawSettings) -> None:
+    def __init__(self, tracks: list[CachedTrack], settings: DrawSettings, *, pin_memory: bool = False) -> None:
         self.tracks = tracks
-        self.micro_batches = micro_batches
         self.settings = settings
+        self.pin_memory = pin_memory
         self.weighting = loss_weighting(settings)
 
-    def __len__(self) -> int:
-        return len(self.micro_batches)
+    def stream(self, micro_batches: Iterable[MicroBatch], *, num_workers: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The tensors of each micro-batch in order, read ahead by `num_workers` threads; 0: when asked for."""
+        if num_workers:
+            return map_in_order(self.load, micro_batches, num_workers=num_workers)
+        return (self.load(micro) for micro in micro_batches)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def load(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Tensors of one micro-batch.
 
         Returns:
@@ -180,11 +250,11 @@ class MicroBatchDataset(Dataset):
             conditions differ in length, `condition_mask` bool `[batch, tokens]` (see `ConditionMask`); and with a
             weighting scheme, `loss_weights` `[batch]`.
         """
-        batch = self.micro_batches[index]
         draws = [self._draw(item, batch.update, slot) for item, slot in zip(batch.items, batch.slots, strict=True)]
         conditions, mask = pad_conditions([draw.pop("encoder_hidden_states") for draw in draws])
         tensors = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-        return tensors | {"encoder_hidden_states": conditions} | ({} if mask is None else {"condition_mask": mask})
+        tensors |= {"encoder_hidden_states": conditions} | ({} if mask is None else {"condition_mask": mask})
+        return {name: tensor.pin_memory() for name, tensor in tensors.items()} if self.pin_memory else tensors
 
     def _draw(self, item: Item, update: int, slot: int) -> dict[str, torch.Tensor]:
         settings, generator = self.settings, keyed_generator(self.settings.seed, "update", update, slot)

@@ -81,9 +81,17 @@ def fingerprint(*modules: torch.nn.Module) -> str:
 
 
 def crop_frames(num_frames: int, max_duration_s: float, frames_per_second: float) -> int:
-    """Length of a training crop: the longest multiple of `CROP_STEP_S` within the track and `max_duration_s`."""
+    """Length of a training crop: a duration bucket, so that tracks of almost one length share forward passes.
+
+    Buckets are multiples of `CROP_STEP_S` in eight steps from each power of two to the next (…, 120, 128, 144, 160 s,
+    …), and `max_duration_s` rounded down to such a multiple. A track is heard in windows of the longest one within it,
+    at least eight ninths of what it could be.
+    """
     step = round(CROP_STEP_S * frames_per_second)
-    return min(num_frames, int(max_duration_s * frames_per_second)) // step * step
+    longest = int(max_duration_s * frames_per_second) // step
+    steps = min(num_frames // step, longest)
+    coarse = max(0, steps.bit_length() - 4)
+    return (steps if steps == longest else steps >> coarse << coarse) * step
 
 
 def plan_windows(num_frames: int, crop_frames: int) -> tuple[int, ...]:

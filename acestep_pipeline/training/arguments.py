@@ -11,6 +11,7 @@ from ..data.text.variants import TextOptions
 from ..errors import UsageError
 from ..paths import default_data, default_model
 from ..presets import load_preset, preset_names
+from .batch_size import choose_batch_size
 from .memory import QUANTIZATION_PACKAGES, check_quantization_installed
 from .objective import TIMESTEP_COMPONENTS, WEIGHTING_SCHEMES, check_objective, timestep_shares
 from .optimizers import (
@@ -28,7 +29,7 @@ RESUME_SETTINGS = (
     "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_blocks", "use_rslora", "use_dora", "adapter_type",
     "lokr_factor", "lokr_decompose_both", "rank_pattern", "alpha_pattern", "cfg_dropout", "timestep_mu",
     "timestep_sigma", "timestep_distribution", "timestep_mix", "timestep_steps", "timestep_shift", "stratified_timesteps",
-    "antithetic_noise", "weighting_scheme", "snr_gamma", "seed", "train_batch_size", "gradient_accumulation_steps",
+    "antithetic_noise", "weighting_scheme", "snr_gamma", "seed", "effective_batch_size",
     "num_updates", "optimizer",
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2",
     "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "max_duration_s", "base_quantization",
@@ -73,7 +74,7 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--max_duration_s", type=float, default=240.0, help="train on windows of at most this; those of a longer track cover it evenly and take turns")
     g.add_argument("--strict", action=argparse.BooleanOptionalAction, default=False, help="stop if any track has to be skipped")
     g.add_argument("--latent_cache_dir", type=Path, help="where latents and conditions are kept for the next run; unset: latents in $ACESTEP_CACHE_DIR or ~/.cache/acestep-lora")
-    g.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read the cache")
+    g.add_argument("--dataloader_num_workers", type=int, default=1, help="threads that read the cache ahead of the training; 0: none")
     g = p.add_argument_group("adapter")
     g.add_argument("--lora_config", help="JSON file with r, lora_alpha, lora_dropout, target_modules, layers_to_transform, use_rslora, use_dora, adapter_type, lokr_factor, lokr_decompose_both, rank_pattern, alpha_pattern (layer name: value); unset: $LORA_CONFIG")
     g.add_argument("--adapter_type", type=str.lower, default="lora", help="lora if unsure: it loads everywhere; lokr: a Kronecker product, a few per cent of its size")
@@ -100,8 +101,9 @@ def parse_args(input_args=None) -> argparse.Namespace:
     g.add_argument("--snr_gamma", type=float, default=5.0, help="gamma of min_snr")
     g = p.add_argument_group("training")
     g.add_argument("--seed", type=int, default=42, help="same seed, data and hardware: same adapter")
-    g.add_argument("--train_batch_size", type=int, default=1, help="items in one forward pass (of equal length) on each process")
-    g.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes in one optimizer update")
+    g.add_argument("--effective_batch_size", type=int, help="windows in an update, over all processes; divided into the largest forward passes that fit into memory (unset: what the next two make)")
+    g.add_argument("--train_batch_size", type=int, help="at most N windows in one forward pass on each process (unset: as many as fit, or 1 without --effective_batch_size)")
+    g.add_argument("--gradient_accumulation_steps", type=int, help="forward passes in one update; an update is then N × --train_batch_size × processes (unset: as many as it takes)")
     g.add_argument("--num_train_epochs", type=int, default=100, help="an epoch visits every track once, or as often as its repeats say; sampling weights (--balance) share these visits out otherwise")
     g.add_argument("--max_train_steps", type=int, help="optimizer updates; overrides the epochs")
     g.add_argument("--optimizer", type=str.lower, default="adamw", help="adamw if unsure; adamw_8bit and paged_adamw_8bit: a quarter of its memory ([8bit]); prodigy: finds the rate itself ([prodigy]); schedulefree_adamw: averages instead of a decaying schedule ([schedulefree])")
@@ -152,9 +154,12 @@ def parse_args(input_args=None) -> argparse.Namespace:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--lora_config")
-    early.add_argument("--optimizer")
+    for name in ("--optimizer", "--effective_batch_size", "--gradient_accumulation_steps"):
+        early.add_argument(name)
     chosen, _ = early.parse_known_args(input_args)
     preset = load_preset(chosen.preset) if chosen.preset in preset_names() else {}
+    if chosen.gradient_accumulation_steps and not chosen.effective_batch_size:
+        preset.pop("effective_batch_size", None)  # the flag says how large an update is, and wins
     p.set_defaults(**preset)
     own_rate = default_learning_rate(chosen.optimizer or preset.get("optimizer", ""))
     if own_rate and (chosen.optimizer or "learning_rate" not in preset):
@@ -176,12 +181,12 @@ def parse_args(input_args=None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse values that can't work, before anything is loaded."""
+    """Refuse values that can't work, before anything is loaded; settle how an update is divided."""
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--{name} must be a finite number, not {value}.")
-    positive = ("rank", "lora_alpha", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
-                "max_train_samples", "learning_rate", "max_grad_norm", "checkpointing_steps", "checkpointing_epochs",
+    positive = ("rank", "lora_alpha", "effective_batch_size", "train_batch_size", "gradient_accumulation_steps",
+                "num_train_epochs", "max_train_steps", "max_train_samples", "learning_rate", "max_grad_norm", "checkpointing_steps", "checkpointing_epochs",
                 "checkpoints_total_limit", "timestep_sigma", "timestep_steps", "timestep_shift", "snr_gamma",
                 "validation_duration_s", "validation_inference_steps",
                 "lr_num_cycles", "adam_epsilon", "max_validation_samples", "num_validation_draws", "validation_steps",
@@ -231,6 +236,15 @@ def check_args(args: argparse.Namespace) -> None:
     text_options(args)
     check_objective(args.timestep_distribution, args.timestep_mix, args.weighting_scheme)
     check_trackers(args.report_to)
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    size = choose_batch_size(
+        effective_batch_size=args.effective_batch_size,
+        train_batch_size=args.train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        num_processes=num_processes,
+    )
+    args.effective_batch_size, args.train_batch_size = size.effective, size.micro
+    args.gradient_accumulation_steps = -(-size.effective // (size.micro * num_processes))
 
 
 def lora_settings(args: argparse.Namespace) -> LoraSettings:
@@ -381,7 +395,6 @@ def describe_run(
 ) -> list[tuple[str, str]]:
     """The rows of the model card's table."""
     model = f"`{args.pretrained_model_name_or_path}`" + (f", `{args.variant_dir}`" if args.variant_dir else "")
-    batch = f"{args.gradient_accumulation_steps} × {args.train_batch_size} tracks a process"
     return [
         ("base", f"{model} (SHA-256 of its DiT: `{facts['model_sha256'][:16]}…`)"),
         ("tracks", str(num_tracks)),
@@ -391,7 +404,7 @@ def describe_run(
             ", ".join(facts["lora"]["target_modules"])
             + (f" of blocks {args.lora_blocks}" if args.lora_blocks else ""),
         ),
-        ("updates", f"{args.num_updates} of {batch}"),
+        ("updates", f"{args.num_updates} of {args.effective_batch_size} windows"),
         ("optimizer", args.optimizer),
         ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} updates of warm-up"),
         ("precision, seed", f"{args.mixed_precision}, {args.seed}"),

@@ -5,7 +5,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -38,16 +37,17 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agree(self, accelerator: Accelerator, update_loss: torch.Tensor) -> tuple[float, int]:
-        """Sum `update_loss` over all processes and, in the same collective, hear whether any of them got a signal.
+    def agree(self, accelerator: Accelerator, sums: torch.Tensor) -> tuple[list[float], int]:
+        """Add `sums` `[n]` up over all processes and, in the same collective, hear whether any of them got a signal.
 
         Returns:
-            The loss, and the signal that every process stops for after this update; 0 if there was none.
+            The sums, and the signal that every process stops for after this update; 0 if there was none.
         """
         noted = [float(self.signal == number) for number in SIGNALS]
-        together = torch.cat([update_loss.reshape(1), torch.tensor(noted, device=update_loss.device)])
-        loss, *noted = accelerator.reduce(together, "sum").tolist()
-        return loss, next((int(number) for number, count in zip(SIGNALS, noted, strict=True) if count), 0)
+        together = torch.cat([sums, torch.tensor(noted, device=sums.device)])
+        *values, terminated, interrupted = accelerator.reduce(together, "sum").tolist()
+        noted = (terminated, interrupted)
+        return values, next((int(number) for number, count in zip(SIGNALS, noted, strict=True) if count), 0)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.signal:
@@ -68,22 +68,6 @@ def interrupted(number: int, *, done: int, num_updates: int, output_dir: Path) -
         f"stopped by {signal.Signals(number).name} after update {done} of {num_updates}. {describe_kept(output_dir)} "
         f"Continue with the same launcher and: {shlex.join(command)}",
     )
-
-
-def shield_worker(worker_id: int) -> None:
-    """A DataLoader's `worker_init_fn`: only the process that it works for ends a worker.
-
-    A signal to the whole process group would else take the data away from an update that is to be finished.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def obey_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=obey_parent, daemon=True).start()
 
 
 def _follow_launcher() -> None:

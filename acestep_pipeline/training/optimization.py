@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 
 import torch
+import torch.distributed
 from diffusers.optimization import get_scheduler
 
 from .optimizers import OPTIMIZERS
@@ -108,3 +109,18 @@ def build_lr_scheduler(
         num_cycles=lr_num_cycles,
         power=lr_power,
     )
+
+
+@torch.no_grad()
+def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Replace every gradient by its sum over all processes, in one message; a process that had no item adds zeros."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    torch.distributed.all_reduce(flat)
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
