@@ -1,6 +1,7 @@
 """`acestep-lora estimate`: peak memory and time of a training, from its flags, its data and a GPU's name."""
 
 import argparse
+import functools
 import math
 from dataclasses import dataclass
 
@@ -109,7 +110,7 @@ def estimate(shape: ModelShape, args: argparse.Namespace, tracks: list[Track], g
         [1] * len(tracks), [t.sampling_weight for t in tracks], [t.repeats for t in tracks], seed=0
     ).visits_per_epoch
     per_epoch = -(-visits // (micro * accumulation))
-    weights = {name: num_parameters(shape.build(name)) for name in ("text_encoder", "condition_encoder", "vae")}
+    weights = encoder_parameters(shape)
     return Estimate(
         update=update,
         encoding=encoding_bytes(shape, weights, precision),
@@ -136,9 +137,8 @@ def batch_division(args: argparse.Namespace) -> tuple[int, int]:
 
 def encoding_bytes(shape: ModelShape, weights: dict[str, int], precision: Precision) -> int:
     """Bytes while the cache is filled: encoders (the VAE in float32, in tiles), and no DiT."""
-    vae = shape.build("vae").config
-    hop = math.prod(vae.downsampling_ratios)
-    tile = vae.encoder_hidden_size * ENCODE_TILE_FRAMES * hop * 4
+    hop = math.prod(shape.vae["downsampling_ratios"])
+    tile = shape.vae["encoder_hidden_size"] * ENCODE_TILE_FRAMES * hop * 4
     encoders = (weights["text_encoder"] + weights["condition_encoder"]) * precision.weight + weights["vae"] * 4
     return math.ceil(encoders + VAE_TILE_TENSORS * tile + CUDA_CONTEXT_BYTES)
 
@@ -148,12 +148,24 @@ def samples_bytes(weights: dict[str, int], transformer: int, precision: Precisio
     return math.ceil((sum(weights.values()) + transformer) * precision.weight + 0.5 * GIB + CUDA_CONTEXT_BYTES)
 
 
-def encoding_seconds(shape: ModelShape, audio_s: float, gpu: Gpu) -> float:
-    """Time of the VAE's encoder on `audio_s` seconds, in float32; the text encoders' is small beside it."""
+@functools.cache
+def encoder_parameters(shape: ModelShape) -> dict[str, int]:
+    """How many parameters each frozen encoder has."""
+    return {name: num_parameters(shape.build(name)) for name in ("text_encoder", "condition_encoder", "vae")}
+
+
+@functools.cache
+def encoding_flops(shape: ModelShape) -> int:
+    """Operations of the VAE's encoder on a second of audio, counted on the meta device."""
     vae = shape.build("vae")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vae.encoder(torch.empty(1, 2, vae.config.sampling_rate, device="meta"))
-    return counter.get_total_flops() * audio_s / (gpu.fp32_tflops * 1e12 * CONVOLUTION_EFFICIENCY)
+    return counter.get_total_flops()
+
+
+def encoding_seconds(shape: ModelShape, audio_s: float, gpu: Gpu) -> float:
+    """Time of the VAE's encoder on `audio_s` seconds, in float32; the text encoders' is small beside it."""
+    return encoding_flops(shape) * audio_s / (gpu.fp32_tflops * 1e12 * CONVOLUTION_EFFICIENCY)
 
 
 def fits(found: Estimate, gpu: Gpu) -> bool:

@@ -30,7 +30,7 @@ _VAE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelShape:
     """Constructor arguments of the components that training loads."""
 
