@@ -12,8 +12,9 @@ from ..paths import LORA_WEIGHTS_NAME
 from ..pipeline import ACEStepPipeline
 from ..prompt_fields import PromptFields
 from ..version import __version__
+from .effect import describe_effect
 from .run_directory import CARD_NAME, PLOT_NAME, SAMPLES_DIR
-from .tracking import METRICS_NAME, read_metrics
+from .tracking import METRICS_NAME, VALIDATION_NAME, read_metrics
 from .validation import write_samples
 
 
@@ -61,6 +62,8 @@ def write_final_report(
         )
     metrics = [line for line in read_metrics(output_dir / METRICS_NAME) if line["loss"] is not None]
     plot_loss(metrics, output_dir / PLOT_NAME)
+    validations = output_dir / VALIDATION_NAME
+    effect = describe_effect(read_metrics(validations) if validations.is_file() else [])
     model = checkpoint["pretrained_model_name_or_path"]
     write_model_card(
         output_dir / CARD_NAME,
@@ -68,7 +71,7 @@ def write_final_report(
         version=__version__,
         base_model=model,
         kind=kind,
-        rows=card_rows,
+        rows=[*card_rows, ("effect", effect)],
         samples=samples,
         plot=PLOT_NAME,
         prompt=example_prompt,
@@ -79,6 +82,7 @@ def write_final_report(
     flags += f" --variant_dir {checkpoint['variant_dir']}" if checkpoint.get("variant_dir") else ""
     lines = [
         f"Mean loss of the first tenth of the updates {start:.4f}, of the last tenth {end:.4f}.",
+        effect,
         f"  adapter        {output_dir / LORA_WEIGHTS_NAME}",
     ]
     for sample in samples:
