@@ -12,6 +12,7 @@ from datasets import Audio, Dataset
 from acestep_pipeline import paths
 from acestep_pipeline.errors import one_sentence_errors
 from acestep_pipeline.training import arguments as script_arguments
+from acestep_pipeline.training.launch import SHARDED
 from tests.training_runs import ROOT, SCRIPT, flags, train_here
 
 UNREADABLE = {
@@ -311,6 +312,12 @@ def test_the_edges_of_the_allowed_values_pass(tmp_path):
 def test_fp16_on_a_cpu(music, refused):
     error = refused(music, mixed_precision="fp16")
     assert "--mixed_precision fp16 needs a CUDA device" in error
+
+
+@pytest.mark.parametrize("name, kind", SHARDED.items())
+def test_a_launcher_that_divides_the_model(tmp_path, monkeypatch, refused, name, kind):
+    monkeypatch.setenv(name, "true")
+    assert f"asks for {kind}" in refused(tmp_path)
 
 
 def test_flags_that_argparse_refuses(tmp_path, capsys):

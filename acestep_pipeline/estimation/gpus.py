@@ -1,4 +1,7 @@
-"""GPUs: memory, dense matrix throughput and memory bandwidth as their makers publish them."""
+"""GPUs: memory, dense matrix throughput and memory bandwidth, to one or two figures as their makers publish them.
+
+They were written down without the publications at hand, so check one before much depends on it.
+"""
 
 import re
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ class Gpu:
             then runs in float32).
         fp32_tflops: float32 throughput outside the tensor cores.
         bandwidth_gb_s: memory bandwidth, 10^9 bytes a second.
-        source: where the figures are from.
+        source: the publication to check the figures against.
     """
 
     name: str

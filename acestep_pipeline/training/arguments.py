@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..paths import default_data, default_model
 from ..presets import load_preset, preset_names
 from .batch_size import choose_batch_size
+from .launch import check_launch
 from .memory import QUANTIZATION_PACKAGES, check_quantization_installed
 from .objective import TIMESTEP_COMPONENTS, WEIGHTING_SCHEMES, check_objective, timestep_shares
 from .optimizers import (
@@ -186,10 +187,10 @@ def check_args(args: argparse.Namespace) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--{name} must be a finite number, not {value}.")
     positive = ("rank", "lora_alpha", "effective_batch_size", "train_batch_size", "gradient_accumulation_steps",
-                "num_train_epochs", "max_train_steps", "max_train_samples", "learning_rate", "max_grad_norm", "checkpointing_steps", "checkpointing_epochs",
-                "checkpoints_total_limit", "timestep_sigma", "timestep_steps", "timestep_shift", "snr_gamma",
-                "validation_duration_s", "validation_inference_steps",
-                "lr_num_cycles", "adam_epsilon", "max_validation_samples", "num_validation_draws", "validation_steps",
+                "num_train_epochs", "max_train_steps", "max_train_samples", "learning_rate", "max_grad_norm",
+                "checkpointing_steps", "checkpointing_epochs", "checkpoints_total_limit", "timestep_sigma",
+                "timestep_steps", "timestep_shift", "snr_gamma", "validation_duration_s",
+                "validation_inference_steps", "lr_num_cycles", "adam_epsilon", "max_validation_samples", "num_validation_draws", "validation_steps",
                 "validation_epochs", "early_stopping_patience")  # fmt: skip
     for name in positive:
         value = getattr(args, name)
@@ -236,6 +237,7 @@ def check_args(args: argparse.Namespace) -> None:
     text_options(args)
     check_objective(args.timestep_distribution, args.timestep_mix, args.weighting_scheme)
     check_trackers(args.report_to)
+    check_launch()
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     size = choose_batch_size(
         effective_batch_size=args.effective_batch_size,
