@@ -217,12 +217,14 @@ def train(args: argparse.Namespace) -> None:
         "planner": planner,
     }
     settings = arguments.resume_settings(args, held_out=[track.id for track in inputs.held_out]) | facts
-    settings |= {"num_processes": num_processes, "tracks": [track.id for track in tracks]}
+    settings |= {"tracks": [track.id for track in tracks]}
     done = 0
     if checkpoint is not None:
         checkpointing.check_same_settings(checkpoint, settings)
         done = checkpointing.load_checkpoint(checkpoint, **state)
         say(f"Resuming from {checkpoint}: {done} of {num_updates} updates are done.")
+        if change := planner.describe_change():
+            say(f"warning: {change}")
         if done == num_updates:
             say("All of them: only the adapter's file and the final report are made again.")
     elif args.resume_from_checkpoint is not None:

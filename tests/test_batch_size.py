@@ -62,6 +62,7 @@ def test_what_was_chosen_is_said():
         ([], (4, 4, 1)),
         (["--gradient_accumulation_steps", "8"], (8, 1, 8)),
         (["--train_batch_size", "1"], (4, 1, 4)),
+        (["--train_batch_size", "8"], (8, 8, 1)),
         (["--train_batch_size", "2", "--gradient_accumulation_steps", "3"], (6, 2, 3)),
         (["--effective_batch_size", "16"], (16, 16, 1)),
         (["--effective_batch_size", "16", "--gradient_accumulation_steps", "2"], (16, 8, 2)),

@@ -133,7 +133,7 @@ def test_flags_that_need_held_out_tracks_say_so(demo_dir, tmp_path, flag):
 
 def test_two_processes_measure_what_one_does(demo_dir, tmp_path):
     settings = SETTINGS | {"max_train_steps": 2, "validation_steps": 1, "num_validation_draws": 3, "lora_dropout": 0}
-    process = start(demo_dir, tmp_path / "two", num_processes=2, **settings)
+    process = start(demo_dir, tmp_path / "two", config="ddp.yaml", **settings)
     log, _ = process.communicate(timeout=180)
     assert process.returncode == 0, log
     train_here(demo_dir, tmp_path / "one", gradient_accumulation_steps=2, **settings)

@@ -120,6 +120,7 @@ class EpochPlanner:
         self.lock_step = lock_step
         # The most latent frames in a forward pass of several items; None where memory has set no limit yet.
         self.frames_in_pass: int | None = None
+        self.resumed_division = num_processes, micro_batch_size
         self.visits = Visits(
             [len(track.windows) for track in tracks],
             [track.weight for track in tracks],
@@ -130,12 +131,28 @@ class EpochPlanner:
         self.crop_frames = [track.crop_frames for track in tracks]
 
     def state_dict(self) -> dict:
-        """What memory has taught, for a checkpoint: a resumed run divides its updates as this one does."""
-        return {"frames_in_pass": self.frames_in_pass}
+        """How updates are divided, for a checkpoint; what memory has taught is kept by a resumed run."""
+        return {
+            "frames_in_pass": self.frames_in_pass,
+            "micro_batch_size": self.micro_batch_size,
+            "num_processes": self.num_processes,
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over what `state_dict` gave; another number of processes or items in a pass divides anew."""
         self.frames_in_pass = state["frames_in_pass"]
+        self.resumed_division = state["num_processes"], state["micro_batch_size"]
+
+    def describe_change(self) -> str | None:
+        """What differs from the run that is resumed, for a person; None where nothing does."""
+        processes, items = self.resumed_division
+        if (processes, items) == (self.num_processes, self.micro_batch_size):
+            return None
+        return (
+            f"the checkpoint is of {processes} processes with up to {items} windows in a forward pass, this run of "
+            f"{self.num_processes} with {self.micro_batch_size}: windows, noise and timesteps stay the same, sums are "
+            "rounded otherwise, and --lora_dropout draws other masks."
+        )
 
     def updates(self, epoch: int) -> list[list[Item]]:
         """The items of each update of an epoch, every visit once, in the order in which they are trained on."""

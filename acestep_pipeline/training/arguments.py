@@ -155,11 +155,14 @@ def parse_args(input_args=None) -> argparse.Namespace:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--lora_config")
-    for name in ("--optimizer", "--effective_batch_size", "--gradient_accumulation_steps"):
+    for name in ("--optimizer", "--effective_batch_size", "--train_batch_size", "--gradient_accumulation_steps"):
         early.add_argument(name)
     chosen, _ = early.parse_known_args(input_args)
     preset = load_preset(chosen.preset) if chosen.preset in preset_names() else {}
-    if chosen.gradient_accumulation_steps and not chosen.effective_batch_size:
+    larger = (chosen.train_batch_size or "").isdecimal() and int(chosen.train_batch_size) > preset.get(
+        "effective_batch_size", 0
+    )
+    if (chosen.gradient_accumulation_steps or larger) and not chosen.effective_batch_size:
         preset.pop("effective_batch_size", None)  # the flag says how large an update is, and wins
     p.set_defaults(**preset)
     own_rate = default_learning_rate(chosen.optimizer or preset.get("optimizer", ""))

@@ -29,8 +29,8 @@ class MetricsFile:
         path = Path(output_dir) / name
         kept = [line for line in read_metrics(path) if line["update"] <= first_update] if path.is_file() else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        # What the run has taken up to here.
-        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        # What the run has taken up to here, where the lines say it.
+        self.seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict) -> None:
