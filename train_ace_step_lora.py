@@ -70,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
     """The whole run: accelerator → models and data → optimizer → resume → the loop → save."""
     command = dict(vars(args))
     sources, checkpoint = check(args)
-    if checkpoint is not None and nothing_left_to_do(args.output_dir, command):
+    if args.resume_from_checkpoint == "latest" and checkpoint and nothing_left_to_do(args.output_dir, command):
         return
 
     import torch

@@ -172,11 +172,11 @@ def test_a_run_on_a_quantised_base_resumes_to_the_bit(method, demo_dir, tmp_path
 @pytest.mark.parametrize("method", ("int8", pytest.param("nf4", marks=pytest.mark.slow)))
 def test_two_processes_are_one_with_twice_the_accumulation(method, demo_dir, tmp_path):
     settings = {"max_train_steps": 3, "lora_dropout": 0, "max_duration_s": 2, "base_quantization": method}
-    settings |= {"gradient_checkpointing": True}
+    settings |= {"gradient_checkpointing": True, "effective_batch_size": 2}
     process = start(demo_dir, tmp_path / "two", config="ddp.yaml", **settings)
     log, _ = process.communicate(timeout=180)
     assert process.returncode == 0, log
-    train_here(demo_dir, tmp_path / "one", gradient_accumulation_steps=2, **settings)
+    train_here(demo_dir, tmp_path / "one", train_batch_size=1, **settings)
     for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     one = load_file(tmp_path / "one" / WEIGHTS)

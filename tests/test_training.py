@@ -205,7 +205,7 @@ def test_a_track_is_heard_as_often_as_its_repeats_say(demo_dir, tmp_path, monkey
     output = tmp_path / "out"
     train_here(music, output, max_train_steps=4, gradient_accumulation_steps=3)
     said = capsys.readouterr().out
-    assert "3 tracks, 3 windows of up to 4 s, each track heard 1 to 3 times an epoch: 4 updates of 3 windows" in said
+    assert "3 tracks, 3 windows of up to 4 s, each track heard 1 to 3 times an epoch: 4 updates, " in said
     assert f"warning  {names[2]}: its repeats '0' is not a whole number from 1 to 1000; it counts as 1" in said
     assert [Counter(heard[start : start + 5]) for start in (0, 5)] == [{names[0]: 3, names[1]: 1, names[2]: 1}] * 2
     assert [line["epoch"] for line in metrics(output)] == [0, 0, 1, 1]
@@ -236,10 +236,11 @@ def test_checkpoints_are_pruned_and_hold_an_adapter(demo_dir, tmp_path):
     assert load_file(output / "checkpoint-5" / WEIGHTS).keys() == load_file(output / WEIGHTS).keys()
 
 
-def test_two_processes_see_different_noise_and_end_with_equal_adapters(demo_dir, tmp_path, monkeypatch):
+def test_two_processes_see_different_noise_and_end_with_equal_adapters(demo_dir, tmp_path, monkeypatch, capsys):
     """They share the work on caches that are empty, the tiny checkpoint's included, and only the first one writes."""
     output = tmp_path / "two"
-    settings = {"max_train_steps": 3, "lora_dropout": 0, "max_duration_s": 2, "mixed_precision": "no"}
+    settings = {"max_train_steps": 3, "lora_dropout": 0, "max_duration_s": 2, "effective_batch_size": 2}
+    settings["checkpointing_steps"] = 2
     monkeypatch.setenv("ACESTEP_CACHE_DIR", str(tmp_path / "cache"))
     process = start(demo_dir, output, script=ROOT / "tests" / "two_process_probe.py", config="ddp.yaml", **settings)
     log, _ = process.communicate(timeout=180)
@@ -258,12 +259,19 @@ def test_two_processes_see_different_noise_and_end_with_equal_adapters(demo_dir,
 
     # And two processes are what one process does with twice the accumulation.
     alone = tmp_path / "one"
-    train_here(demo_dir, alone, gradient_accumulation_steps=2, **settings)
+    train_here(demo_dir, alone, train_batch_size=1, **settings)
+    # So one process can go on where two stopped.
+    resumed = tmp_path / "resumed"
+    capsys.readouterr()
+    train_here(demo_dir, resumed, resume_from_checkpoint=output / "checkpoint-2", **settings)
+    assert "warning: the checkpoint is of 2 processes with up to 1 windows" in capsys.readouterr().out
     for a, b in zip(metrics(output), metrics(alone), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    one = load_file(alone / WEIGHTS)
-    for name, tensor in load_file(output / WEIGHTS).items():
-        assert torch.allclose(tensor, one[name], atol=2e-5), name
+    assert metrics(resumed)[-1]["loss"] == pytest.approx(metrics(output)[-1]["loss"], rel=1e-5)
+    two = load_file(output / WEIGHTS)
+    for other in (alone, resumed):
+        for name, tensor in load_file(other / WEIGHTS).items():
+            assert torch.allclose(tensor, two[name], atol=2e-5), name
 
 
 def test_bf16_trains_and_is_heard(demo_dir, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tests.gradient_probe import watched_gradients
 from tests.training_runs import ROOT, start, train_here
 
-PLAIN = {"max_train_steps": 1, "lora_dropout": 0}
+PLAIN = {"max_train_steps": 1, "lora_dropout": 0, "effective_batch_size": 4}
 EVERYTHING = PLAIN | {
     "timestep_distribution": "mix",
     "weighting_scheme": "min_snr",
@@ -44,9 +44,9 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("settings", [PLAIN, EVERYTHING], ids=["plain", "weighted, stratified, antithetic"])
 def test_one_forward_pass_of_four_or_four_of_one(unequal_dir, tmp_path, settings):
-    together = gradient(unequal_dir, tmp_path / "4x1", train_batch_size=4, **settings)
+    together = gradient(unequal_dir, tmp_path / "4x1", **settings)
     assert_same(gradient(unequal_dir, tmp_path / "1x4", gradient_accumulation_steps=4, **settings), together)
-    other_items = gradient(unequal_dir, tmp_path / "seed", train_batch_size=4, seed=1, **settings)
+    other_items = gradient(unequal_dir, tmp_path / "seed", seed=1, **settings)
     assert (other_items - together).norm() > 0.1 * together.norm(), "other draws differ, or this shows nothing"
 
 

@@ -132,11 +132,17 @@ def test_flags_that_need_held_out_tracks_say_so(demo_dir, tmp_path, flag):
 
 
 def test_two_processes_measure_what_one_does(demo_dir, tmp_path):
-    settings = SETTINGS | {"max_train_steps": 2, "validation_steps": 1, "num_validation_draws": 3, "lora_dropout": 0}
+    settings = SETTINGS | {
+        "max_train_steps": 2,
+        "validation_steps": 1,
+        "num_validation_draws": 3,
+        "lora_dropout": 0,
+        "effective_batch_size": 2,
+    }
     process = start(demo_dir, tmp_path / "two", config="ddp.yaml", **settings)
     log, _ = process.communicate(timeout=180)
     assert process.returncode == 0, log
-    train_here(demo_dir, tmp_path / "one", gradient_accumulation_steps=2, **settings)
+    train_here(demo_dir, tmp_path / "one", **settings)
     two, one = (validations(tmp_path / name) for name in ("two", "one"))
     assert [line["update"] for line in two] == [0, 1, 2]
     for a, b in zip(two, one, strict=True):
