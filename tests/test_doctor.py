@@ -71,12 +71,11 @@ def hub():
 
 @pytest.fixture(scope="module")
 def troubled(tmp_path_factory):
-    """The doctor on a machine where much is wrong: (the process, its checks by name, seconds taken)."""
+    """The doctor on a machine where much is wrong: (the process, its checks by name)."""
     folder = tmp_path_factory.mktemp("troubled")
     (folder / "file").write_text("in the way")
     (folder / "hf/accelerate").mkdir(parents=True)
     (folder / "hf/accelerate/default_config.yaml").write_text("distributed_type: 'NO'\nno_such_setting: 1\n")
-    started = time.monotonic()
     process = run_doctor(
         folder,
         "--json",
@@ -91,15 +90,13 @@ def troubled(tmp_path_factory):
         ACESTEP_DATA="no-such-data",
         **SECRETS,
     )
-    seconds = time.monotonic() - started
     checks = {check["name"]: check for check in json.loads(process.stdout)}
-    return process, checks, seconds
+    return process, checks
 
 
-def test_troubled_machine_exits_1_soon_with_a_fix_for_everything(troubled):
-    process, checks, seconds = troubled
+def test_troubled_machine_exits_1_with_a_fix_for_everything(troubled):
+    process, checks = troubled
     assert process.returncode == 1
-    assert seconds < 15 + 5  # 5 more for a busy machine that starts Python
     for check in checks.values():
         assert set(check) == {"name", "status", "detail", "fix"}
         assert check["detail"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
 from diffusers.pipelines.ace_step import AceStepConditionEncoder
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import Qwen3Model
 
@@ -27,6 +27,7 @@ from acestep_pipeline.data.latent_cache import (
     load_latents,
     prepare_tracks,
     prompt_fields,
+    write_cache_file,
 )
 from acestep_pipeline.data.tracks import load_tracks
 from acestep_pipeline.errors import RunError, UsageError
@@ -157,12 +158,18 @@ def test_damaged_files_are_made_again(cache, track):
         lambda content: b"",
         lambda content: bytes(range(256)) * 40,
         lambda content: b"\xff" * 8 + content[8:],
+        lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],  # one bit of a value
     )
     for damage in damages:
         for file in (entry.latents_file, entry.windows[0].condition_file):
             file.write_bytes(damage(file.read_bytes()))
-        assert cache.prepare(track, 240.0) == (entry, [])
-        assert files(cache) == before
+        again, problems = cache.prepare(track, 240.0)
+        assert again == entry and files(cache) == before
+        assert [problem.reason for problem in problems] == [
+            f"its cache file {file.name} was damaged and is made again"
+            for file in (entry.latents_file, entry.windows[0].condition_file)
+        ]
+    assert cache.prepare(track, 240.0) == (entry, [])
 
 
 def test_other_text_or_length_is_another_condition_of_the_same_latents(cache, track):
@@ -307,7 +314,7 @@ def long_track(cache, track):
     """A track ten times as long as a crop of two seconds, whose latents count its frames."""
     entry, _ = cache.prepare(track, 2.0)
     mean = torch.arange(505.0)[:, None].expand(-1, 16)
-    save_file({"mean": mean.contiguous(), "std": torch.zeros(505, 16)}, entry.latents_file)
+    write_cache_file(entry.latents_file, {"mean": mean, "std": torch.zeros(505, 16)}, {})
     return track
 
 

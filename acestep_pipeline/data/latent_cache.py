@@ -23,7 +23,7 @@ from .text.variants import TextOptions, make_wordings
 from .tracks import Problem, Track
 
 # Raise when the meaning of a cached tensor changes.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 # Crops are whole multiples of this, so that the duration the model is told is exact and the DiT's patches of two
 # frames (at 25 frames a second) are never padded.
 CROP_STEP_S = 2
@@ -127,6 +127,7 @@ class LatentCache:
         """
         self.pipeline = pipeline
         self.text = text
+        self._damaged: list[str] = []
         tokenizer = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())
         # Set by each call, so they say what the pipeline did last and not what it is.
         tokenizer |= {"truncation": None, "padding": None}
@@ -157,6 +158,11 @@ class LatentCache:
             reason = f"it decodes to {num_frames / rate:.1f} s; a crop needs at least {CROP_STEP_S} s"
             return None, [Problem(track.id, reason, skipped=True)]
         windows, problems = self._windows(track, num_frames, crop)
+        problems += [
+            Problem(track.id, f"its cache file {name} was damaged and is made again", skipped=False)
+            for name in self._damaged
+        ]
+        self._damaged.clear()
         return CachedTrack(
             id=track.id,
             latents_file=latents_file,
@@ -219,23 +225,30 @@ class LatentCache:
 
     def _latents(self, track: Track) -> tuple[Path, int]:
         path = self.latents_dir / f"{track.sha256}.safetensors"
-        header = _read_header(path)
+        header = self._header(path)
         if header is None:
-            _write(path, encode_latents(self.pipeline.vae, track.source), {})
-            header = _read_header(path)
+            write_cache_file(path, encode_latents(self.pipeline.vae, track.source), {})
+            header = read_header(path)
         return path, header["shapes"]["mean"][0]
 
     def _condition(self, fields: PromptFields) -> tuple[Path, int, int, int]:
         key = hashlib.sha256(json.dumps(asdict(fields), sort_keys=True).encode()).hexdigest()
         path = self.conditions_dir / f"{key}.safetensors"
-        header = _read_header(path)
+        header = self._header(path)
         if header is None:
             encoded = encode_condition(self.pipeline, fields)
             lost = {"lost_text": str(encoded.lost_text_tokens), "lost_lyrics": str(encoded.lost_lyric_tokens)}
-            _write(path, {"encoder_hidden_states": encoded.encoder_hidden_states}, lost)
-            header = _read_header(path)
+            write_cache_file(path, {"encoder_hidden_states": encoded.encoder_hidden_states}, lost)
+            header = read_header(path)
         num_tokens = header["shapes"]["encoder_hidden_states"][0]
         return path, num_tokens, int(header["metadata"]["lost_text"]), int(header["metadata"]["lost_lyrics"])
+
+    def _header(self, path: Path) -> dict | None:
+        """`read_header`; a file that is there and can't be used is remembered as damaged."""
+        header = read_header(path)
+        if header is None and path.is_file():
+            self._damaged.append(path.name)
+        return header
 
 
 @torch.no_grad()
@@ -292,22 +305,35 @@ def load_condition(window: Window) -> torch.Tensor:
     return load_file(window.condition_file)["encoder_hidden_states"]
 
 
-def _read_header(path: Path) -> dict | None:
-    """Shapes and metadata of a cache file; None if it isn't there or is damaged (and is then written anew)."""
+def read_header(path: Path) -> dict | None:
+    """Shapes and metadata of a cache file; None if it isn't there, or its contents are not what was written."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-            return {"shapes": shapes, "metadata": file.metadata() or {}}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError):
         return None
+    if metadata.get("sha256") != _digest(tensors):
+        return None
+    return {"shapes": {name: list(tensor.shape) for name, tensor in tensors.items()}, "metadata": metadata}
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_cache_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and what `read_header` checks them against. Raises `RunError` where that can't be done."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        write_tensors(path, tensors, metadata)
+        write_tensors(path, tensors, metadata | {"sha256": _digest(tensors)})
     except (SafetensorError, OSError) as error:
         raise RunError(
             f"{path} can't be written ({error}); make room, or choose another --latent_cache_dir. What was encoded "
