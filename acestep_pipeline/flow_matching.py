@@ -37,17 +37,33 @@ def sample_timesteps(
     return torch.sigmoid(logits).amax(dim=0)
 
 
+def logit_normal_max_quantile(
+    u: torch.Tensor, *, mu: float = TIMESTEP_MU, sigma: float = TIMESTEP_SIGMA
+) -> torch.Tensor:
+    """The u-th quantile of the distribution of `sample_timesteps`: `sigmoid(mu + sigma * Φ⁻¹(sqrt(u)))`.
+
+    The larger of two draws is below t with probability F(t)², F being one draw's distribution, so that its u-th
+    quantile is one draw's sqrt(u)-th.
+
+    Args:
+        u: float64, any shape, in [0, 1].
+        mu, sigma: as in `sample_timesteps`.
+
+    Returns:
+        float64, the same shape, in (0, 1).
+    """
+    # Φ⁻¹ is infinite at 0 and 1, which 53 random bits can reach.
+    return torch.sigmoid(mu + sigma * torch.special.ndtri(u.sqrt().clamp(2.0**-53, 1 - 2.0**-53)))
+
+
 def timestep_quantiles(number: int, *, mu: float = TIMESTEP_MU, sigma: float = TIMESTEP_SIGMA) -> torch.Tensor:
     """The middles of `number` equally likely parts of the distribution of `sample_timesteps`, in rising order.
-
-    The larger of two draws is below t with probability F(t)², F being one draw's distribution, so that the q-th
-    quantile is one draw's sqrt(q)-th: `sigmoid(mu + sigma * Φ⁻¹(sqrt(q)))`.
 
     Returns:
         float32 `[number]`, in (0, 1).
     """
     middles = (torch.arange(number, dtype=torch.float64) + 0.5) / number
-    return torch.sigmoid(mu + sigma * torch.special.ndtri(middles.sqrt())).float()
+    return logit_normal_max_quantile(middles, mu=mu, sigma=sigma).float()
 
 
 def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:

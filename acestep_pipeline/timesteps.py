@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .flow_matching import TIMESTEP_MU, TIMESTEP_SIGMA, shift_sigmas
+from .flow_matching import TIMESTEP_MU, TIMESTEP_SIGMA, logit_normal_max_quantile, shift_sigmas
 
 
 def inference_sigmas(num_inference_steps: int, shift: float) -> torch.Tensor:
@@ -69,10 +69,7 @@ class TimestepDistribution:
 
 
 def _logit_normal_max(distribution: TimestepDistribution, u: torch.Tensor) -> torch.Tensor:
-    # The larger of two draws is below t with probability Φ((logit t - mu) / sigma)²; see `sample_timesteps`.
-    # Φ⁻¹ is infinite at 0 and 1, which 53 random bits can reach.
-    quantile = u.sqrt().clamp(2.0**-53, 1 - 2.0**-53)
-    return torch.sigmoid(distribution.mu + distribution.sigma * torch.special.ndtri(quantile))
+    return logit_normal_max_quantile(u, mu=distribution.mu, sigma=distribution.sigma)
 
 
 def _discrete(distribution: TimestepDistribution, u: torch.Tensor) -> torch.Tensor:
