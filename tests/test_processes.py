@@ -118,7 +118,8 @@ def test_machines_with_other_data_are_told_so(demo_dir, tmp_path):
         "import os, torch.distributed as dist; from acestep_pipeline.training.processes import *\n"
         "dist.init_process_group('gloo'); check_same_everywhere({'the model': 'a'})\n"
         "try: check_same_everywhere({'the model': 'a', 'the training data': os.environ['RANK']})\n"
-        "except UsageError as error: print(error, flush=True)"
+        "except UsageError as error: os.write(1, f'{error}\\n'.encode())\n"  # in one piece, for both write at once
+        "dist.destroy_process_group()"
     )
     script = tmp_path / "compare.py"
     script.write_text(code)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -24,11 +25,12 @@ def pull(url, directory, **options) -> Path:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file() and PULL_FOLDER not in path.parts
-    }
+    found = {}
+    for folder, folders, names in os.walk(directory):  # which, unlike rglob, bears folders that go away meanwhile
+        folders[:] = [name for name in folders if name != PULL_FOLDER]
+        files = [Path(folder, name) for name in names]
+        found |= {path.relative_to(directory).as_posix(): path.read_bytes() for path in files if path.is_file()}
+    return found
 
 
 def identities(directory: Path) -> dict[str, tuple]:
