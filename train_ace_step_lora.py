@@ -16,7 +16,8 @@ from pathlib import Path
 
 from acestep_pipeline.errors import one_sentence_errors
 from acestep_pipeline.paths import cache_dir
-from acestep_pipeline.training import arguments
+from acestep_pipeline.training import arguments, settings
+from acestep_pipeline.training.argument_checks import check_args
 from acestep_pipeline.training.run_directory import (
     check_run_directory,
     clear_leftovers,
@@ -33,8 +34,8 @@ def check(args: argparse.Namespace) -> tuple[dict[str, str], Path | None]:
     Returns:
         What was chosen, and the checkpoint to resume from.
     """
-    sources = arguments.choose_sources(args)
-    arguments.check_args(args)
+    sources = settings.choose_sources(args)
+    check_args(args)
     resuming = args.resume_from_checkpoint is not None
     check_run_directory(args.output_dir, resuming=resuming, overwrite=args.overwrite_output_dir)
     return sources, find_checkpoint(args.output_dir, args.resume_from_checkpoint) if resuming else None
@@ -116,7 +117,7 @@ def train(args: argparse.Namespace) -> None:
     checkpoint_source = {
         name: getattr(args, name) for name in ("pretrained_model_name_or_path", "variant_dir", "revision", "cache_dir")
     }
-    text = arguments.text_options(args)
+    text = settings.text_options(args)
     inputs = setup.prepare_inputs(
         accelerator,
         checkpoint=checkpoint_source,
@@ -132,13 +133,13 @@ def train(args: argparse.Namespace) -> None:
         strict=args.strict,
         latent_cache_dir=args.latent_cache_dir or cache_dir() / "latents",
         text=text,
-        lora=arguments.lora_settings(args),
+        lora=settings.lora_settings(args),
         base_quantization=args.base_quantization,
         gradient_checkpointing=args.gradient_checkpointing_ratio if args.gradient_checkpointing else 0.0,
         seed=args.seed,
     )
     transformer, tracks, facts = inputs.transformer, inputs.tracks, inputs.facts
-    arguments.fill_model_defaults(args, transformer.config, is_turbo=inputs.is_turbo)
+    settings.fill_model_defaults(args, transformer.config, is_turbo=inputs.is_turbo)
 
     # -------------------------------------------------------------------------------------- optimizer and schedule
     batch_size = BatchSize(args.effective_batch_size, args.train_batch_size)
@@ -193,7 +194,7 @@ def train(args: argparse.Namespace) -> None:
         meter,
         inputs.held_out,
         output_dir=args.output_dir,
-        steps=arguments.validation_steps(
+        steps=settings.validation_steps(
             args,
             updates_per_epoch=per_epoch,
             items_per_update=planner.effective_batch_size,
@@ -216,11 +217,11 @@ def train(args: argparse.Namespace) -> None:
         "nan_guard": nan_guard,
         "planner": planner,
     }
-    settings = arguments.resume_settings(args, held_out=[track.id for track in inputs.held_out]) | facts
-    settings |= {"tracks": [track.id for track in tracks]}
+    identity = settings.resume_settings(args, held_out=[track.id for track in inputs.held_out]) | facts
+    identity |= {"tracks": [track.id for track in tracks]}
     done = 0
     if checkpoint is not None:
-        checkpointing.check_same_settings(checkpoint, settings)
+        checkpointing.check_same_settings(checkpoint, identity)
         done = checkpointing.load_checkpoint(checkpoint, **state)
         say(f"Resuming from {checkpoint}: {done} of {num_updates} updates are done.")
         if change := planner.describe_change():
@@ -246,7 +247,7 @@ def train(args: argparse.Namespace) -> None:
         f"{setup.describe_tracks(tracks, inputs.frames_per_second)}: {num_updates} updates, {per_epoch} an epoch.\n"
         f"{batch_size.describe(num_processes)}."
     )
-    draw = arguments.draw_settings(args, items_per_update=planner.effective_batch_size)
+    draw = settings.draw_settings(args, items_per_update=planner.effective_batch_size)
     checkpoint_every = {"every_updates": args.checkpointing_steps, "every_epochs": args.checkpointing_epochs}
     loader = batching.BatchLoader(tracks, draw, pin_memory=device.type == "cuda")
     channels = inputs.silence_latent.shape[-1]
@@ -327,7 +328,7 @@ def train(args: argparse.Namespace) -> None:
                     limit = args.checkpoints_total_limit
                     metrics_file.flush_to_disk()
                     checkpointing.save_checkpoint(
-                        args.output_dir, update=done, settings=settings, total_limit=limit, **state
+                        args.output_dir, update=done, settings=identity, total_limit=limit, **state
                     )
             if over:
                 break
@@ -370,7 +371,7 @@ def train(args: argparse.Namespace) -> None:
         num_inference_steps=args.validation_inference_steps,
         seed=args.seed,
         kind=describe_kind(facts["lora"])[0],
-        card_rows=arguments.describe_run(args, facts, num_tracks=len(tracks), training_s=training_s),
+        card_rows=settings.describe_run(args, facts, num_tracks=len(tracks), training_s=training_s),
     )
     print(report)
     mark_finished(args.output_dir, command)

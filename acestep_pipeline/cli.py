@@ -218,7 +218,7 @@ def _split_scale(adapter: str) -> tuple[str, float]:
 def _cache(args: argparse.Namespace) -> int:
     from .data.latent_cache import LatentCache, prepare_tracks
     from .data.tracks import describe_problems, doubts_about_text, load_tracks
-    from .training.arguments import text_options
+    from .training.settings import text_options
 
     text = text_options(args)
     data, said = default_data(args.train_data_dir)

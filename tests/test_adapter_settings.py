@@ -10,6 +10,8 @@ from acestep_pipeline.adapter_settings import LoraSettings, parse_blocks, parse_
 from acestep_pipeline.adapters import add_lora, resolve_pattern, resolve_target_modules
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.training import arguments
+from acestep_pipeline.training.argument_checks import check_args
+from acestep_pipeline.training.settings import lora_settings
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_a_pattern_that_matches_nothing_fails_before_training(transformer):
 )
 def test_flags_that_do_not_work(flags, said):
     with pytest.raises(UsageError, match=said):
-        arguments.check_args(arguments.parse_args(flags.split()))
+        check_args(arguments.parse_args(flags.split()))
 
 
 def test_the_config_file_sets_all_of_it_and_flags_win(tmp_path):
@@ -95,7 +97,7 @@ def test_the_config_file_sets_all_of_it_and_flags_win(tmp_path):
     values = {"r": 8, "target_modules": ["self", "mlp"], "layers_to_transform": [0, 3], "adapter_type": "lokr",
               "lokr_factor": 8, "rank_pattern": {"mlp": 4}, "alpha_pattern": {"self": 1.5}}  # fmt: skip
     path.write_text(json.dumps(values))
-    settings = arguments.lora_settings(arguments.parse_args(["--lora_config", str(path), "--lora_blocks", "2"]))
+    settings = lora_settings(arguments.parse_args(["--lora_config", str(path), "--lora_blocks", "2"]))
     assert settings == LoraSettings(
         r=8, target_modules=parse_targets("self+mlp"), layers_to_transform=(2,), adapter_type="lokr", lokr_factor=8,
         rank_pattern={"mlp": 4}, alpha_pattern={"self": 1.5},

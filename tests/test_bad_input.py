@@ -12,6 +12,7 @@ from datasets import Audio, Dataset
 from acestep_pipeline import paths
 from acestep_pipeline.errors import one_sentence_errors
 from acestep_pipeline.training import arguments as script_arguments
+from acestep_pipeline.training.argument_checks import check_args
 from acestep_pipeline.training.launch import SHARDED
 from tests.training_runs import ROOT, SCRIPT, flags, train_here
 
@@ -306,7 +307,7 @@ def test_a_tracker_that_is_not_installed_names_the_extra(tmp_path, refused):
 def test_the_edges_of_the_allowed_values_pass(tmp_path):
     edges = {"max_duration_s": 600, "cfg_dropout": 1, "lora_dropout": 0, "adam_beta1": 0, "adam_weight_decay": 0,
              "validation_duration_s": 600, "seed": 0, "lr_warmup_steps": 0, "report_to": "tensorboard"}  # fmt: skip
-    script_arguments.check_args(script_arguments.parse_args(flags(tmp_path, tmp_path, **edges)))
+    check_args(script_arguments.parse_args(flags(tmp_path, tmp_path, **edges)))
 
 
 def test_fp16_on_a_cpu(music, refused):

@@ -4,6 +4,7 @@ import pytest
 
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.training import arguments
+from acestep_pipeline.training.argument_checks import check_args
 from acestep_pipeline.training.batch_size import BatchSize, choose_batch_size
 
 
@@ -71,5 +72,5 @@ def test_what_was_chosen_is_said():
 def test_a_flag_wins_over_the_presets_effective_batch(monkeypatch, flags, expected):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     args = arguments.parse_args(["--preset", "c", *flags])
-    arguments.check_args(args)
+    check_args(args)
     assert (args.effective_batch_size, args.train_batch_size, args.gradient_accumulation_steps) == expected

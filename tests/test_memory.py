@@ -13,6 +13,7 @@ from acestep_pipeline.data.latent_cache import encode_latents
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.prompt_fields import PromptFields
 from acestep_pipeline.training import arguments
+from acestep_pipeline.training.argument_checks import check_args
 from acestep_pipeline.training.memory import (
     QUANTIZATION_PACKAGES,
     check_quantization_hardware,
@@ -94,7 +95,7 @@ def test_move_encoders_leaves_the_dit_where_it_is(tiny_pipeline):
 def test_a_share_that_is_none_is_refused(ratio):
     args = arguments.parse_args(["--gradient_checkpointing_ratio", str(ratio)])
     with pytest.raises(UsageError, match="--gradient_checkpointing_ratio must be"):
-        arguments.check_args(args)
+        check_args(args)
 
 
 @pytest.mark.parametrize("method", ("nf4", "int8", "fp8"))

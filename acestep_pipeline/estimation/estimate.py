@@ -15,8 +15,8 @@ from ..data.latent_cache import crop_frames
 from ..data.tracks import Track, load_tracks
 from ..errors import UsageError
 from ..pipeline import ENCODE_TILE_FRAMES
-from ..training.arguments import lora_settings
 from ..training.optimizers import OPTIMIZERS
+from ..training.settings import lora_settings
 from .compute_time import CONVOLUTION_EFFICIENCY, move_seconds, pass_seconds, pass_work, update_bytes
 from .gpus import Gpu
 from .memory_use import CUDA_CONTEXT_BYTES, FRAGMENTATION, GIB, Batch, Precision, inspect_adapter, predict_update

@@ -1,0 +1,207 @@
+"""What the command line comes to: sources, adapter, texts, draws, what a resumed run must share, the card's rows.
+
+The functions take the namespace of `arguments.parse_args`; nothing below them in the package does.
+"""
+
+import argparse
+from pathlib import Path
+
+from ..adapter_settings import LoraSettings, describe_kind, parse_blocks, parse_targets
+from ..data.text.normalisation import normalise_tags
+from ..data.text.variants import TextOptions
+from ..errors import UsageError
+from ..paths import default_data, default_model
+from .objective import timestep_shares
+from .optimizers import describe_optimizer
+
+# What makes a run the run it is: resuming under another value of any of these is refused.
+RESUME_SETTINGS = (
+    "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_blocks", "use_rslora", "use_dora", "adapter_type",
+    "lokr_factor", "lokr_decompose_both", "rank_pattern", "alpha_pattern", "cfg_dropout", "timestep_mu",
+    "timestep_sigma", "timestep_distribution", "timestep_mix", "timestep_steps", "timestep_shift",
+    "stratified_timesteps", "antithetic_noise", "weighting_scheme", "snr_gamma", "seed", "effective_batch_size",
+    "num_updates", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
+    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision",
+    "max_duration_s", "base_quantization", "trigger_word", "trigger_position", "tag_shuffle", "caption_dropout",
+    "ema_decay",
+)  # fmt: skip
+
+
+def lora_settings(args: argparse.Namespace) -> LoraSettings:
+    """The adapter that the flags describe.
+
+    Raises:
+        UsageError: one of them is out of bounds, or two don't go together.
+    """
+    return LoraSettings(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=parse_targets(args.lora_layers),
+        layers_to_transform=parse_blocks(args.lora_blocks),
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        adapter_type=args.adapter_type,
+        lokr_factor=args.lokr_factor,
+        lokr_decompose_both=args.lokr_decompose_both,
+        rank_pattern=args.rank_pattern,
+        alpha_pattern=args.alpha_pattern,
+    )
+
+
+def text_options(args: argparse.Namespace) -> TextOptions:
+    """In which words tracks are told; raises `UsageError` for values that can't work."""
+    trigger_word = normalise_tags(args.trigger_word or "")
+    if args.trigger_word is not None and not trigger_word:
+        raise UsageError(f"--trigger_word {args.trigger_word!r} holds no word; name a made-up one, or leave it out.")
+    return TextOptions(
+        trigger_word=trigger_word,
+        trigger_position=args.trigger_position,
+        tag_shuffle=args.tag_shuffle,
+        caption_dropout=args.caption_dropout,
+        seed=args.seed,
+    )
+
+
+def choose_sources(args: argparse.Namespace) -> dict[str, str]:
+    """Fill in model, data and output where they were not named; returns what was chosen and why, for printing."""
+    args.pretrained_model_name_or_path, model_from = default_model(args.pretrained_model_name_or_path)
+    data = args.dataset_name
+    data_from = "--dataset_name"
+    if data is not None and args.train_data_dir is not None:
+        raise UsageError("--dataset_name and --train_data_dir name two sources of data; give one of them.")
+    if data is None:
+        args.train_data_dir, data_from = default_data(args.train_data_dir)
+        data = args.train_data_dir
+    output_from = "--output_dir" if args.output_dir else "from --exp_name" if args.exp_name else "from preset and data"
+    if args.exp_name is None:
+        args.exp_name = "-".join(filter(None, (args.preset, Path(data).resolve().name)))
+    args.output_dir = Path(args.output_dir).expanduser() if args.output_dir else Path("output") / args.exp_name
+    return {
+        "Preset": args.preset or "none",
+        "Model": f"{args.pretrained_model_name_or_path}  ({model_from})",
+        "Data": f"{data}  ({data_from})",
+        "Output": f"{args.output_dir}  ({output_from})",
+        "Optimizer": describe_optimizer(args.optimizer, learning_rate=args.learning_rate),
+    }
+
+
+def fill_model_defaults(args: argparse.Namespace, config, *, is_turbo: bool) -> None:
+    """What depends on the checkpoint: turbo is distilled and never runs guidance, so it needs no condition dropout."""
+    from ..flow_matching import TIMESTEP_MU, TIMESTEP_SIGMA
+    from ..generation import SamplingSettings
+
+    inference = SamplingSettings().resolved(is_turbo=is_turbo)
+    if args.timestep_steps is None:
+        args.timestep_steps = inference.num_inference_steps
+    if args.timestep_shift is None:
+        args.timestep_shift = inference.shift
+    if args.cfg_dropout is None:
+        args.cfg_dropout = 0.0 if is_turbo else 0.15
+    if args.timestep_mu is None:
+        args.timestep_mu = getattr(config, "timestep_mu", TIMESTEP_MU)
+    if args.timestep_sigma is None:
+        args.timestep_sigma = getattr(config, "timestep_sigma", TIMESTEP_SIGMA)
+
+
+def validation_steps(
+    args: argparse.Namespace, *, updates_per_epoch: int, items_per_update: int, num_held_out: int
+) -> int:
+    """Updates between validations, from --validation_steps, --validation_epochs or what is affordable.
+
+    Raises:
+        UsageError: a flag asks for validation, and no track is held out.
+    """
+    from .validator import default_validation_steps
+
+    for name in ("validation_steps", "validation_epochs", "early_stopping_patience"):
+        if getattr(args, name) and not num_held_out:
+            raise UsageError(
+                f"--{name} needs held-out tracks: --validation_fraction 0.1 holds a tenth of the tracks out, "
+                "--validation_data_dir names others."
+            )
+    if args.validation_epochs:
+        return args.validation_epochs * updates_per_epoch
+    return args.validation_steps or default_validation_steps(
+        args.num_updates, items_per_update=items_per_update, num_passes=num_held_out * args.num_validation_draws
+    )
+
+
+def draw_settings(args: argparse.Namespace, *, items_per_update: int):
+    """What is random about an item, after `fill_model_defaults`; a `DrawSettings`."""
+    from ..data.draws import DrawSettings
+    from ..timesteps import TimestepDistribution
+
+    return DrawSettings(
+        seed=args.seed,
+        cfg_dropout=args.cfg_dropout,
+        timesteps=TimestepDistribution(
+            shares=timestep_shares(args.timestep_distribution, args.timestep_mix),
+            mu=args.timestep_mu,
+            sigma=args.timestep_sigma,
+            num_inference_steps=args.timestep_steps,
+            shift=args.timestep_shift,
+        ),
+        stratified_timesteps=args.stratified_timesteps,
+        items_per_update=items_per_update,
+        antithetic_noise=args.antithetic_noise,
+        weighting_scheme=args.weighting_scheme,
+        snr_gamma=args.snr_gamma,
+        tag_shuffle=args.tag_shuffle,
+        caption_dropout=args.caption_dropout,
+    )
+
+
+def resume_settings(args: argparse.Namespace, *, held_out: list[str]) -> dict:
+    """What must be the same when a run is resumed, `held_out` being the names of its held-out tracks. A run under a
+    constant rate may be made longer."""
+    settings = {name: getattr(args, name) for name in RESUME_SETTINGS}
+    if held_out:
+        names = (
+            "num_validation_draws",
+            "validation_seed",
+            "validation_steps",
+            "validation_epochs",
+            "early_stopping_patience",
+        )
+        settings |= {"held_out": held_out, **{name: getattr(args, name) for name in names}}
+    if args.lr_scheduler.startswith("constant"):
+        settings["num_updates"] = None
+    return settings
+
+
+def describe_run(
+    args: argparse.Namespace, facts: dict, *, num_tracks: int, training_s: float
+) -> list[tuple[str, str]]:
+    """The rows of the model card's table."""
+    model = f"`{args.pretrained_model_name_or_path}`" + (f", `{args.variant_dir}`" if args.variant_dir else "")
+    return [
+        ("base", f"{model} (SHA-256 of its DiT: `{facts['model_sha256'][:16]}…`)"),
+        ("tracks", str(num_tracks)),
+        describe_kind(facts["lora"]),
+        (
+            "targets",
+            ", ".join(facts["lora"]["target_modules"])
+            + (f" of blocks {args.lora_blocks}" if args.lora_blocks else ""),
+        ),
+        ("updates", f"{args.num_updates} of {args.effective_batch_size} windows"),
+        ("optimizer", args.optimizer),
+        ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} updates of warm-up"),
+        ("precision, seed", f"{args.mixed_precision}, {args.seed}"),
+        ("quantised base", args.base_quantization),
+        *_prompting_rows(facts),
+        ("time", f"{training_s:.0f} s"),
+    ]
+
+
+def _prompting_rows(facts: dict) -> list[tuple[str, str]]:
+    """How to call up what was trained: the trigger words and where they go in a prompt."""
+    places = {
+        "prepend": "put it first in the prompt",
+        "append": "put it last in the prompt",
+        "replace": "prompt with it",
+    }
+    return [
+        ("trigger word", f"`{use['trigger_word']}`: {places[use['trigger_position']]} ({use['tracks']} tracks)")
+        for use in facts.get("trigger_words", ())[:20]
+    ]
