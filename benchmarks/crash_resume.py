@@ -6,7 +6,8 @@ The flagship script trains the tiny checkpoint on rendered clips. Half of the ki
 time (`kill -9`), half strike at a random operation on a file of the run (opening, renaming, removing), so that the
 writing of checkpoints, of metrics and of the final report is hit often. After each kill the run goes on with
 `--resume_from_checkpoint latest`; after a few of them it is left to finish, and its adapter, its last checkpoint, its
-metrics (without times) and its samples must be those of the reference, to the byte.
+metrics (without times), its validation losses, its best adapter and its samples must be those of the reference, to the
+byte.
 
 Every start is a process of its own, forked from one that has imported the libraries, which would else be most of the
 time.
@@ -42,6 +43,9 @@ SETTINGS = {
     "lora_dropout": 0.1,
     "ema_decay": 0.9,
     "mixed_precision": "no",
+    "validation_fraction": 0.25,
+    "validation_steps": 4,
+    "num_validation_draws": 2,
     "num_validation_samples": 1,
     "validation_duration_s": 2,
     "validation_inference_steps": 1,
@@ -129,8 +133,8 @@ def result(output: Path) -> dict[str, bytes]:
     from acestep_pipeline.training.tracking import read_metrics
 
     lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(output / "metrics.jsonl")]
-    kept = [*output.glob("samples/*.wav"), *output.glob("checkpoint-*/*")]
-    files = [output / "pytorch_lora_weights.safetensors", *kept]
+    kept = [path for part in ("samples/*.wav", "checkpoint-*/*", "best/*.safetensors") for path in output.glob(part)]
+    files = [output / "pytorch_lora_weights.safetensors", output / "validation.jsonl", *kept]
     contents = {str(path.relative_to(output)): path.read_bytes() for path in files}
     leftovers = {str(path.relative_to(output)): b"" for path in output.rglob(".partial*")}
     return {"metrics.jsonl": json.dumps(lines).encode(), **contents, **leftovers}
@@ -196,7 +200,7 @@ def main(input_args=None) -> int:
         while hit.total() < args.kills:
             found, lost = trial.kill_one_run(runs, min(args.kills_a_run, args.kills - hit.total()))
             hit, losses, runs = hit + found, losses + lost, runs + 1
-            print(f"{hit.total()} kills, {runs} runs, {len(losses)} losses", flush=True)
+            print(f"{hit.total()} kills, {runs} runs, {len(losses)} losses", *lost, sep="\n  ", flush=True)
     report = {
         "kills": hit.total(),
         "runs": runs,

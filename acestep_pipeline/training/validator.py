@@ -115,7 +115,9 @@ class Validator:
         if self.progress.best_update:
             with safe_open(self._best_file, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-                state["best"] = {"metadata": file.metadata() or {}, "tensors": tensors}
+                # safetensors gives the metadata in an order of its own.
+                metadata = dict(sorted((file.metadata() or {}).items()))
+                state["best"] = {"metadata": metadata, "tensors": tensors}
         return state
 
     def load_state_dict(self, state: dict) -> None:
