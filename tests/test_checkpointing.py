@@ -85,14 +85,16 @@ def test_a_run_goes_on_from_before_the_damage_to_the_same_end(run, finished, dem
     for name in ("checkpoint-4", "checkpoint-6"):
         flip_a_byte(run / name / "optimizer.safetensors")
     (run / ".partial-checkpoint-5").mkdir()
-    (run / ".partial-metrics.jsonl-abc").mkdir()
+    half_written = (".partial-metrics.jsonl-abc", f"best/.partial-{WEIGHTS}-abc", "samples/.partial-sample-0.wav-abc")
+    for name in half_written:
+        (run / name).mkdir(parents=True)
     train_here(demo_dir, run, resume_from_checkpoint="latest", checkpoints_total_limit=1, **SETTINGS)
     said = capsys.readouterr().out
     assert f"{run / 'checkpoint-6'} is damaged and not used: its optimizer.safetensors has another SHA-256" in said
     assert f"Removed {run / 'checkpoint-4'}" in said and "2 of 6 updates are done" in said
     assert (run / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
     assert metrics(run) == metrics(finished)
-    assert names(run) == ["checkpoint-6"] and not list(run.glob(".partial*"))
+    assert names(run) == ["checkpoint-6"] and not list(run.rglob(".partial*"))
     for file in (WEIGHTS, "optimizer.safetensors", "trainer_state.json"):
         assert (run / "checkpoint-6" / file).read_bytes() == (finished / "checkpoint-6" / file).read_bytes(), file
 

@@ -12,7 +12,6 @@ import io
 import os
 import stat
 import struct
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from ..files import write_atomically
 from .containers import (
     CHECKS,
     CHUNKED,
@@ -197,8 +197,8 @@ def write_audio(path: Path, waveform: np.ndarray, *, sample_rate: int = SAMPLE_R
     if not np.isfinite(waveform).all():
         raise ValueError(f"cannot write {path.name}: the waveform has NaN or infinite samples")
     container, codec = _WRITABLE[path.suffix.lower()]
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+
+    def write(temporary: Path) -> None:
         with soundfile.SoundFile(
             os.fsencode(temporary), "w", sample_rate, len(waveform), codec, format=container
         ) as sound:
@@ -206,12 +206,12 @@ def write_audio(path: Path, waveform: np.ndarray, *, sample_rate: int = SAMPLE_R
             for start in range(0, waveform.shape[1], BLOCK_FRAMES):
                 block = waveform[:, start : start + BLOCK_FRAMES].T
                 sound.write(np.ascontiguousarray(block.clip(-1, 1), np.float32))
-        os.replace(temporary, path)
+
+    try:
+        write_atomically(path, write)
     except soundfile.LibsndfileError as error:
         reason = error.error_string
         raise AudioError(f"it can't be written as {container}/{codec} at {sample_rate} Hz: {reason}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _blocks(sound: soundfile.SoundFile, head: bytes) -> Iterator[np.ndarray]:

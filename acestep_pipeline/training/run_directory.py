@@ -67,16 +67,21 @@ def _run_files(output_dir: Path) -> list[Path]:
     return [output_dir / name for name in (METRICS_NAME, ARGS_NAME, LORA_WEIGHTS_NAME, FINISHED_NAME)]
 
 
+def _all_files(output_dir: Path) -> list[Path]:
+    """What a run may write beside its checkpoints and samples, whether it is there or not."""
+    others = (CARD_NAME, PLOT_NAME, VALIDATION_NAME, f"{BEST_DIR}/{LORA_WEIGHTS_NAME}")
+    return [*_run_files(output_dir), *(output_dir / name for name in others)]
+
+
 def clear_run(output_dir: Path) -> None:
     """Remove what a run wrote, and nothing else."""
     for path in _run_folders(output_dir):
         shutil.rmtree(path, ignore_errors=True)
+    _clear_partial_files(output_dir)
     samples = output_dir / SAMPLES_DIR
-    best = output_dir / BEST_DIR
-    own = [output_dir / name for name in (CARD_NAME, PLOT_NAME, VALIDATION_NAME)] + [best / LORA_WEIGHTS_NAME]
-    for file in (*_run_files(output_dir), *own, *samples.glob("sample-*_with*_adapter.wav")):
+    for file in (*_all_files(output_dir), *samples.glob("sample-*_with*_adapter.wav")):
         file.unlink(missing_ok=True)
-    for folder in (samples, best):
+    for folder in (samples, output_dir / BEST_DIR):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
@@ -113,15 +118,22 @@ def clear_leftovers(output_dir: Path, *, update: int) -> list[Path]:
         The checkpoints that were removed.
     """
     (output_dir / FINISHED_NAME).unlink(missing_ok=True)
-    own = (CHECKPOINT_PREFIX, *(file.name for file in _run_files(output_dir)))
-    for name in own:
-        for partial in output_dir.glob(f"{PARTIAL_PREFIX}{name}*"):
-            shutil.rmtree(partial)
+    for partial in output_dir.glob(f"{PARTIAL_PREFIX}{CHECKPOINT_PREFIX}*"):
+        shutil.rmtree(partial)
+    _clear_partial_files(output_dir)
     kept = set(list_checkpoints(output_dir, up_to=update))
     later = [path for path in list_checkpoints(output_dir) if path not in kept]
     for path in reversed(later):
         discard(path)
     return later
+
+
+def _clear_partial_files(output_dir: Path) -> None:
+    for file in _all_files(output_dir):
+        for partial in file.parent.glob(f"{PARTIAL_PREFIX}{file.name}*"):
+            shutil.rmtree(partial)
+    for partial in output_dir.glob(f"{SAMPLES_DIR}/{PARTIAL_PREFIX}sample-*"):
+        shutil.rmtree(partial)
 
 
 def mark_finished(output_dir: Path, command: dict) -> None:
