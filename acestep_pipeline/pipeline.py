@@ -1,5 +1,7 @@
 """`ACEStepPipeline`: diffusers' `AceStepPipeline` that loads every checkpoint layout and says what is wrong."""
 
+import contextlib
+import functools
 import os
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from .checkpoint_conversion import (
     load_original,
     locate_original,
 )
+from .condition_mask import padding_hidden
 from .errors import UsageError
 from .paths import LORA_WEIGHTS_NAME
 from .progress import quiet_loading
@@ -45,6 +48,9 @@ DIT_PATTERNS = ("config.json", "model*.safetensors", WEIGHTS_INDEX_NAME, SILENCE
 # pass up to rounding.
 ENCODE_TILE_FRAMES = 125
 ENCODE_OVERLAP_FRAMES = 12
+
+# Of the VAE's posterior, where audio is an input.
+SOURCE_SEED = 0
 
 
 def prepend_timbre_special_token(condition_encoder: torch.nn.Module) -> None:
@@ -141,6 +147,19 @@ class ACEStepPipeline(AceStepPipeline):
             except (OSError, ValueError, SafetensorError) as error:
                 what = " ".join(str(error).split())[:300]
                 raise UsageError(f"the checkpoint in {source} can't be loaded: {what}") from error
+
+    @functools.wraps(AceStepPipeline.__call__)
+    def __call__(self, *args, **kwargs):
+        # Neither the other items of a batch nor torch's global generator change what an item sounds like: padded
+        # condition tokens are not attended to, and audio given as source or reference is always encoded with the same
+        # draw from the VAE's posterior.
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(padding_hidden(self.condition_encoder, self.transformer))
+            if kwargs.get("src_audio") is not None or kwargs.get("reference_audio") is not None:
+                devices = [self._execution_device] if self._execution_device.type == "cuda" else []
+                contexts.enter_context(torch.random.fork_rng(devices))
+                torch.manual_seed(SOURCE_SEED)
+            return super().__call__(*args, **kwargs)
 
     def move_encoders(self, device: torch.device) -> None:
         """Move what encodes (VAE, text encoder, condition encoder) to `device`; the DiT stays where it is.

@@ -1,5 +1,6 @@
 """The pipeline on every checkpoint layout, from folders and from a Hub served on this machine; XL's timbre token."""
 
+import functools
 import json
 import os
 import shutil
@@ -136,6 +137,45 @@ def test_file_in_the_place_of_a_folder(tiny_dir):
 
 def test_s3_address_says_what_to_do():
     assert "copy it to a folder first" in usage_error("s3://bucket/model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an item of a batch sounds like
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
+def test_an_item_does_not_depend_on_its_batch(tiny_pipeline, guidance_scale):
+    prompts = ["lo-fi", "a long description of quiet music with a piano, a double bass, brushes and some tape hiss"]
+    lyrics = ["[verse]\nla la la la\n[chorus]\nla", "[Instrumental]"]
+    settings = {"audio_duration": 1.0, "num_inference_steps": 2, "shift": 1.0, "output_type": "latent"}
+    settings["guidance_scale"] = guidance_scale
+
+    def run(call, chosen: slice) -> torch.Tensor:
+        seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return call(prompt=prompts[chosen], lyrics=lyrics[chosen], generator=seeds[chosen], **settings).audios
+
+    together = run(tiny_pipeline, slice(0, 2))
+    for item in range(2):
+        alone = run(tiny_pipeline, slice(item, item + 1))
+        torch.testing.assert_close(together[item : item + 1], alone, rtol=1e-4, atol=1e-4)
+    leaking = run(functools.partial(AceStepPipeline.__call__, tiny_pipeline), slice(0, 2))
+    assert (leaking - together).abs().max() > 0.1, "diffusers hides padded conditions now: drop `padding_hidden`"
+    assert not any(layer.cross_attn._forward_pre_hooks for layer in tiny_pipeline.transformer.layers)
+
+
+def test_source_audio_is_encoded_alike_whatever_was_drawn_before(tiny_pipeline):
+    source = torch.rand(2, 48_000, generator=torch.Generator().manual_seed(0)) - 0.5
+    settings = {"prompt": "x", "task_type": "repaint", "src_audio": source, "reference_audio": source}
+    settings |= {"num_inference_steps": 1, "repainting_start": 0.5, "output_type": "latent"}
+
+    def run() -> torch.Tensor:
+        return tiny_pipeline(generator=torch.Generator().manual_seed(0), **settings).audios
+
+    torch.manual_seed(1)
+    first, drawn = run(), torch.rand(1)
+    torch.manual_seed(1)
+    assert drawn == torch.rand(1), "the global generator is left alone"
+    assert torch.equal(run(), first)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
