@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
+from .adapter_switching import AdapterSwitching
 from .adapters import check_adapter_fits, is_lokr
 from .checkpoint_conversion import (
     SILENCE_LATENT_NAME,
@@ -71,10 +72,11 @@ def prepend_timbre_special_token(condition_encoder: torch.nn.Module) -> None:
         timbre_encoder._prepends_special_token = True
 
 
-class ACEStepPipeline(AceStepPipeline):
+class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
     """`diffusers.AceStepPipeline` plus the original checkpoint layout, tiled audio coding and XL's timbre token.
 
-    Everything else (`__call__`, `set_adapters`, `disable_lora`, `unload_lora_weights`, …) is diffusers'.
+    `adapter_switching` has the methods that choose adapters. Everything else (`__call__`, `disable_lora`,
+    `unload_lora_weights`, …) is diffusers'.
     """
 
     def __init__(

@@ -1,0 +1,74 @@
+"""The pipeline's methods that choose which of the loaded adapters act."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .adapter_weights import (
+    ActiveAdapters,
+    Weight,
+    activate,
+    active_adapters,
+    adapter_layers,
+    check_schedule,
+    check_weights,
+    on_schedule,
+)
+from .errors import UsageError
+
+
+class AdapterSwitching:
+    """What `ACEStepPipeline` does with adapters beyond diffusers' methods of the same names: it checks before it
+    changes anything, takes weights by layer, by step and by prompt, and switches without making a tensor."""
+
+    def __call__(
+        self,
+        *args: Any,
+        adapter_schedule: Mapping[str, Weight | Sequence[tuple[float, Weight]]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as diffusers does, with adapters for this call.
+
+        Args:
+            adapter_schedule: weights by the step, `{"jazz": [(0.0, 0.0), (0.4, 0.8)], "lofi": 0.5}`: from 40 % of the
+                steps on jazz at 0.8, lofi all the time. No other adapter acts; afterwards those of before act again.
+
+        Raises:
+            UsageError: an adapter that isn't loaded, or an impossible weight.
+        """
+        if adapter_schedule is None:
+            return super().__call__(*args, **kwargs)
+        schedule = check_schedule(self.transformer, adapter_schedule)
+        before = ActiveAdapters(self.transformer)
+        try:
+            callback = on_schedule(self.transformer, schedule, kwargs.pop("callback_on_step_end", None))
+            return super().__call__(*args, callback_on_step_end=callback, **kwargs)
+        finally:
+            before.restore()
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight | None] | None = None
+    ) -> None:
+        """Let these adapters act, and no others; see `adapter_weights.check_weights` for weights by layer.
+
+        Raises:
+            UsageError: one isn't loaded, or a weight is none from -2 to 2. The adapters of before act on.
+        """
+        activate(self.transformer, check_weights(self.transformer, adapter_names, adapter_weights))
+
+    def get_active_adapters(self) -> list[str]:
+        """The adapters that act on at least one layer: not those of weight 0."""
+        return active_adapters(self.transformer)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove adapters and free their memory; those that remain act as before.
+
+        Raises:
+            UsageError: one isn't loaded.
+        """
+        names = list(check_weights(self.transformer, adapter_names, None))
+        if any(layer.merged for _, layer in adapter_layers(self.transformer)):
+            raise UsageError("adapters are fused into the model's weights; call unfuse_lora() before deleting one.")
+        # peft would let another adapter act in the place of an active one that goes.
+        for _, layer in adapter_layers(self.transformer):
+            layer._active_adapter = [name for name in layer.active_adapters if name not in names]
+        super().delete_adapters(names)
