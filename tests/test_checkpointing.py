@@ -99,6 +99,18 @@ def test_a_run_goes_on_from_before_the_damage_to_the_same_end(run, finished, dem
         assert (run / "checkpoint-6" / file).read_bytes() == (finished / "checkpoint-6" / file).read_bytes(), file
 
 
+def test_a_finished_run_is_not_begun_again(demo_dir, tmp_path, capsys):
+    """Killed just after `finished.json` had its name, it has left a folder as well."""
+    command = {**SETTINGS, "max_train_steps": 1, "resume_from_checkpoint": "latest"}
+    train_here(demo_dir, tmp_path, **command)
+    (tmp_path / ".partial-finished.json-abc").mkdir()
+    adapter = (tmp_path / WEIGHTS).stat()
+    capsys.readouterr()
+    train_here(demo_dir, tmp_path, **command)
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert (tmp_path / WEIGHTS).stat() == adapter and not list(tmp_path.glob(".partial*"))
+
+
 def test_going_back_removes_what_lies_beyond(run, finished, demo_dir):
     """Or `latest` would one day go on from there, without the metrics of the updates before."""
     before = {path: path.read_bytes() for path in (run / "checkpoint-2").iterdir()}

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from ..engines import map_in_order
 from ..errors import UsageError
+from ..files import sha256
 from ..progress import progress_bar
 from ..storage import local_copy
 from .audio import AUDIO_SUFFIXES, AudioError, AudioInfo, probe_audio
@@ -234,7 +235,7 @@ def _examine(record: dict) -> _Examined:
     try:
         source = _source(record["audio"])
         info = probe_audio(source)
-        digest = _sha256(source)
+        digest = hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else sha256(source)
     except (AudioError, OSError) as error:
         return _Examined(record, refusal=str(error))
     if record["ask_file"]:
@@ -267,13 +268,6 @@ def _to_track(examined: _Examined, name: str, min_duration_s: float) -> tuple[Tr
         sha256=examined.sha256,
     )
     return track, problems
-
-
-def _sha256(audio: Path | bytes) -> str:
-    if isinstance(audio, bytes):
-        return hashlib.sha256(audio).hexdigest()
-    with audio.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def doubts_about_text(tracks: list[Track], text: TextOptions) -> list[Problem]:

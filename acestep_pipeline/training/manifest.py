@@ -3,11 +3,10 @@
 Nothing here imports torch: which checkpoint a run goes on from should be known before anything is loaded.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
-from ..files import flush_to_disk
+from ..files import flush_to_disk, sha256
 
 MANIFEST_NAME = "manifest.json"
 
@@ -55,9 +54,3 @@ def find_damage(directory: Path) -> str | None:
 
 def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

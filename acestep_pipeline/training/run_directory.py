@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 from ..errors import UsageError
-from ..files import write_text
+from ..files import sha256, write_text
 from ..paths import LORA_WEIGHTS_NAME, probe_writable
-from .manifest import find_damage, sha256
+from .manifest import find_damage
 from .tracking import ARGS_NAME, METRICS_NAME, VALIDATION_NAME
 
 CARD_NAME = "README.md"
@@ -77,7 +77,7 @@ def clear_run(output_dir: Path) -> None:
     """Remove what a run wrote, and nothing else."""
     for path in _run_folders(output_dir):
         shutil.rmtree(path, ignore_errors=True)
-    _clear_partial_files(output_dir)
+    _clear_half_written(output_dir)
     samples = output_dir / SAMPLES_DIR
     for file in (*_all_files(output_dir), *samples.glob("sample-*_with*_adapter.wav")):
         file.unlink(missing_ok=True)
@@ -118,9 +118,7 @@ def clear_leftovers(output_dir: Path, *, update: int) -> list[Path]:
         The checkpoints that were removed.
     """
     (output_dir / FINISHED_NAME).unlink(missing_ok=True)
-    for partial in output_dir.glob(f"{PARTIAL_PREFIX}{CHECKPOINT_PREFIX}*"):
-        shutil.rmtree(partial)
-    _clear_partial_files(output_dir)
+    _clear_half_written(output_dir)
     kept = set(list_checkpoints(output_dir, up_to=update))
     later = [path for path in list_checkpoints(output_dir) if path not in kept]
     for path in reversed(later):
@@ -128,7 +126,9 @@ def clear_leftovers(output_dir: Path, *, update: int) -> list[Path]:
     return later
 
 
-def _clear_partial_files(output_dir: Path) -> None:
+def _clear_half_written(output_dir: Path) -> None:
+    for partial in output_dir.glob(f"{PARTIAL_PREFIX}{CHECKPOINT_PREFIX}*"):
+        shutil.rmtree(partial)
     for file in _all_files(output_dir):
         for partial in file.parent.glob(f"{PARTIAL_PREFIX}{file.name}*"):
             shutil.rmtree(partial)
@@ -150,6 +150,7 @@ def nothing_left_to_do(output_dir: Path, command: dict) -> bool:
     except (OSError, ValueError):
         return False
     if os.environ.get("RANK", "0") == "0":
+        _clear_half_written(output_dir)
         print(f"The run in {output_dir} is finished: nothing is left to do.")
     return True
 
