@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from acestep_pipeline.errors import one_sentence_errors
-from acestep_pipeline.paths import cache_dir
+from acestep_pipeline.paths import LORA_WEIGHTS_NAME, cache_dir
 from acestep_pipeline.training import arguments, settings
 from acestep_pipeline.training.argument_checks import check_args
 from acestep_pipeline.training.run_directory import (
@@ -24,6 +24,7 @@ from acestep_pipeline.training.run_directory import (
     clear_run,
     find_checkpoint,
     mark_finished,
+    naming_failed_writes,
     nothing_left_to_do,
 )
 
@@ -341,7 +342,8 @@ def train(args: argparse.Namespace) -> None:
         metrics_file.close()
         validator.close()
     if main and not stop:
-        with optimization.averaged_weights(optimizer), average.applied():
+        named = naming_failed_writes(args.output_dir, LORA_WEIGHTS_NAME)
+        with named, optimization.averaged_weights(optimizer), average.applied():
             save_lora(transformer, args.output_dir)
     accelerator.wait_for_everyone()
     # Before the process group ends: a DDP model that outlives it waits in its destructor for the group's threads,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from . import doctor
-from .errors import UsageError, one_sentence_errors
+from .errors import RunError, UsageError, one_sentence_errors
 from .paths import cache_dir, default_data, default_model, probe_writable
 from .presets import preset_names
 from .version import __version__
@@ -195,14 +195,15 @@ def _generate(args: argparse.Namespace) -> int:
         timesignature=args.timesignature,
         audio_duration=args.duration,
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_audio(args.output, generate(pipeline, fields, sampling), sample_rate=pipeline.sample_rate)
-    print(f"Wrote {args.output}")
-    if args.compare:
-        pipeline.disable_lora()
-        without = args.output.with_name(f"{args.output.stem}_without_adapter{args.output.suffix}")
-        write_audio(without, generate(pipeline, fields, sampling), sample_rate=pipeline.sample_rate)
-        print(f"Wrote {without}")
+    without = args.output.with_name(f"{args.output.stem}_without_adapter{args.output.suffix}")
+    for output in (args.output, without) if args.compare else (args.output,):
+        if output == without:
+            pipeline.disable_lora()
+        try:
+            write_audio(output, generate(pipeline, fields, sampling), sample_rate=pipeline.sample_rate)
+        except OSError as error:
+            raise RunError(f"{output} can't be written ({error.strerror}); make room, and run this again.") from error
+        print(f"Wrote {output}")
     return 0
 
 

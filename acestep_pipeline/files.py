@@ -16,20 +16,26 @@ from .paths import cache_dir
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make the file under a temporary name in a folder beside it, then rename it to `path`.
 
-    The file gets the permissions that the umask gives to new files (safetensors alone would make it private).
+    The file gets the permissions that the umask gives to new files (safetensors alone would make it private). An
+    `OSError` names `path`: a full disk is noticed by writes that know of no name.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", dir=path.parent))
+    folder = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", dir=path.parent))
         temporary = folder / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

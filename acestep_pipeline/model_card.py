@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib
 from huggingface_hub import ModelCard, ModelCardData
 
+from .files import write_atomically
 from .paths import LORA_WEIGHTS_NAME
 
 matplotlib.use("Agg")
@@ -89,8 +90,10 @@ def plot_loss(metrics: list[dict], path: Path) -> None:
     rate.set_ylim(bottom=0)
     axis.legend(loc="upper right")
     figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    try:
+        write_atomically(path, figure.savefig)
+    finally:
+        pyplot.close(figure)
 
 
 def write_model_card(
@@ -139,4 +142,4 @@ def write_model_card(
         plot=plot,
         prompt=repr(prompt),
     )
-    card.save(path)
+    write_atomically(path, card.save)

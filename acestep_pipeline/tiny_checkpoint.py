@@ -19,10 +19,11 @@ from diffusers import (
 )
 from diffusers.pipelines.ace_step import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer, AceStepConditionEncoder
 from filelock import FileLock
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from .errors import UsageError
+from .errors import RunError, UsageError
 from .paths import cache_dir
 from .progress import quiet_loading
 
@@ -173,6 +174,8 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 0) -> Path:
             pipeline.text_encoder.should_save_on_this_rank = lambda is_main_process: is_main_process
             pipeline.save_pretrained(temporary / "checkpoint")
         os.replace(temporary / "checkpoint", directory)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{directory} can't be written ({error}); make room, and run this again.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return directory

@@ -271,9 +271,28 @@ WRONG_VALUES = {
     "seed": [-1, 2**63],
     "num_validation_samples": [-1],
     "validation_duration_s": [0, 601],
+    "tag_shuffle": [0],
+    "caption_dropout": [1.5, -0.1, "nan"],
+    "dataloader_num_workers": [-1],
+    "lokr_factor": [0, -2],
+    "num_train_epochs": [0],
+    "lr_num_cycles": [0],
+    "ema_decay": [0, 1, -0.5, "nan"],
+    "gradient_checkpointing_ratio": [0, 1.5],
+    "validation_fraction": [1, -0.1],
+    "validation_seed": [-1, 2**63],
+    "max_validation_samples": [0],
+    "num_validation_draws": [0],
+    "validation_steps": [0],
+    "validation_epochs": [0],
+    "early_stopping_patience": [0],
+    "checkpointing_epochs": [0],
+    "validation_inference_steps": [0],
     "lr_scheduler": ["sawtooth"],
     "report_to": ["mlflow", "wandb"],
 }
+# What a flag needs beside it, or another complaint comes first.
+GOES_WITH = {"lokr_factor": {"adapter_type": "lokr"}}
 
 
 @pytest.mark.parametrize(
@@ -281,9 +300,25 @@ WRONG_VALUES = {
     [(name, value) for name, values in WRONG_VALUES.items() for value in values],
 )
 def test_a_wrong_value_is_named_with_its_flag(tmp_path, refused, name, value):
-    error = refused(tmp_path, **{name: value})
+    error = refused(tmp_path, **{name: value} | GOES_WITH.get(name, {}))
     assert f"--{name} " in error
     assert str(value) in error or f"{value:g}" in error or str(float(value)) in error
+
+
+def test_a_wrong_value_of_every_numeric_flag_is_tried():
+    numeric = {action.dest for action in script_arguments.build_parser()._actions if action.type in (int, float)}
+    assert numeric and not numeric - WRONG_VALUES.keys()
+
+
+def test_a_flag_with_choices_refuses_any_other(tmp_path, capsys):
+    with_choices = [action for action in script_arguments.build_parser()._actions if action.choices]
+    assert {"on_nan", "preset"} <= {action.dest for action in with_choices}
+    for action in with_choices:
+        with pytest.raises(SystemExit) as stopped:
+            script_arguments.parse_args(flags(tmp_path, tmp_path, **{action.dest: "nonsense"}))
+        told = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert f"argument --{action.dest}: invalid choice: 'nonsense'" in told and str(list(action.choices)[0]) in told
 
 
 @pytest.mark.parametrize(

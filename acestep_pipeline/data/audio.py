@@ -187,7 +187,7 @@ def write_audio(path: Path, waveform: np.ndarray, *, sample_rate: int = SAMPLE_R
 
     wav, flac and aiff are 24-bit; ogg is Vorbis. Values beyond ±1 are clipped to ±1. The file appears under its name
     only when complete. Raises `ValueError` on a wrong shape or dtype, NaN or infinite samples, or an unknown suffix,
-    and `AudioError` where the codec refuses (Opus has five sample rates, MP3 nine).
+    `AudioError` where the codec refuses (Opus has five sample rates, MP3 nine), and `OSError` where the disk does.
     """
     path = Path(path)
     if path.suffix.lower() not in _WRITABLE:
@@ -197,21 +197,18 @@ def write_audio(path: Path, waveform: np.ndarray, *, sample_rate: int = SAMPLE_R
     if not np.isfinite(waveform).all():
         raise ValueError(f"cannot write {path.name}: the waveform has NaN or infinite samples")
     container, codec = _WRITABLE[path.suffix.lower()]
-
-    def write(temporary: Path) -> None:
-        with soundfile.SoundFile(
-            os.fsencode(temporary), "w", sample_rate, len(waveform), codec, format=container
-        ) as sound:
+    # In memory first, where it takes less than the waveform: libsndfile keeps a full disk's reason to itself.
+    encoded = io.BytesIO()
+    try:
+        with soundfile.SoundFile(encoded, "w", sample_rate, len(waveform), codec, format=container) as sound:
             # In blocks: libsndfile's Vorbis encoder overflows the stack on one long call.
             for start in range(0, waveform.shape[1], BLOCK_FRAMES):
                 block = waveform[:, start : start + BLOCK_FRAMES].T
                 sound.write(np.ascontiguousarray(block.clip(-1, 1), np.float32))
-
-    try:
-        write_atomically(path, write)
     except soundfile.LibsndfileError as error:
         reason = error.error_string
         raise AudioError(f"it can't be written as {container}/{codec} at {sample_rate} Hz: {reason}") from error
+    write_atomically(path, lambda temporary: temporary.write_bytes(encoded.getbuffer()))
 
 
 def _blocks(sound: soundfile.SoundFile, head: bytes) -> Iterator[np.ndarray]:

@@ -50,7 +50,7 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda value: 0 < value <= 1,
         ("gradient_checkpointing_ratio",),
     ),
-    ("be in [0, 2**63)", lambda value: 0 <= value < 2**63, ("seed",)),
+    ("be in [0, 2**63)", lambda value: 0 <= value < 2**63, ("seed", "validation_seed")),
     ("be in [2, 600], the model's range", lambda value: 2 <= value <= 600, ("max_duration_s",)),
     ("be at most 600", lambda value: value <= 600, ("validation_duration_s",)),
 )  # fmt: skip

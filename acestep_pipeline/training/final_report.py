@@ -13,8 +13,15 @@ from ..pipeline import ACEStepPipeline
 from ..prompt_fields import PromptFields
 from ..version import __version__
 from .effect import describe_effect
-from .run_directory import CARD_NAME, PLOT_NAME, SAMPLES_DIR
-from .tracking import METRICS_NAME, VALIDATION_NAME, read_metrics
+from .run_directory import (
+    CARD_NAME,
+    METRICS_NAME,
+    PLOT_NAME,
+    SAMPLES_DIR,
+    VALIDATION_NAME,
+    naming_failed_writes,
+)
+from .tracking import read_metrics
 from .validation import write_samples
 
 
@@ -53,29 +60,32 @@ def write_final_report(
     if prompts:
         pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype).to(device)
         pipeline.load_lora_weights(output_dir)
-        samples = write_samples(
-            pipeline,
-            prompts,
-            num_inference_steps=num_inference_steps,
-            seed=seed,
-            directory=output_dir / SAMPLES_DIR,
-        )
+        with naming_failed_writes(output_dir, SAMPLES_DIR):
+            samples = write_samples(
+                pipeline,
+                prompts,
+                num_inference_steps=num_inference_steps,
+                seed=seed,
+                directory=output_dir / SAMPLES_DIR,
+            )
     metrics = [line for line in read_metrics(output_dir / METRICS_NAME) if line["loss"] is not None]
-    plot_loss(metrics, output_dir / PLOT_NAME)
+    with naming_failed_writes(output_dir, PLOT_NAME):
+        plot_loss(metrics, output_dir / PLOT_NAME)
     validations = output_dir / VALIDATION_NAME
     effect = describe_effect(read_metrics(validations) if validations.is_file() else [])
     model = checkpoint["pretrained_model_name_or_path"]
-    write_model_card(
-        output_dir / CARD_NAME,
-        name=name,
-        version=__version__,
-        base_model=model,
-        kind=kind,
-        rows=[*card_rows, ("effect", effect)],
-        samples=samples,
-        plot=PLOT_NAME,
-        prompt=example_prompt,
-    )
+    with naming_failed_writes(output_dir, CARD_NAME):
+        write_model_card(
+            output_dir / CARD_NAME,
+            name=name,
+            version=__version__,
+            base_model=model,
+            kind=kind,
+            rows=[*card_rows, ("effect", effect)],
+            samples=samples,
+            plot=PLOT_NAME,
+            prompt=example_prompt,
+        )
     tenth = max(1, len(metrics) // 10)
     start, end = (sum(line["loss"] for line in lines) / tenth for lines in (metrics[:tenth], metrics[-tenth:]))
     flags = f"--pretrained_model_name_or_path {shlex.quote(str(model))}"

@@ -3,17 +3,23 @@
 Nothing here imports torch: a wrong flag should not cost its seconds.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UsageError
+from safetensors import SafetensorError
+
+from ..errors import RunError, UsageError
 from ..files import sha256, write_text
 from ..paths import LORA_WEIGHTS_NAME, probe_writable
 from .manifest import find_damage
-from .tracking import ARGS_NAME, METRICS_NAME, VALIDATION_NAME
 
+METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "validation.jsonl"
+ARGS_NAME = "training_args.json"
 CARD_NAME = "README.md"
 PLOT_NAME = "loss.png"
 SAMPLES_DIR = "samples"
@@ -138,7 +144,8 @@ def _clear_half_written(output_dir: Path) -> None:
 
 def mark_finished(output_dir: Path, command: dict) -> None:
     """Note, after the final report, that `command` (the arguments as they were given) has nothing left to do."""
-    write_text(output_dir / FINISHED_NAME, json.dumps(_completion(output_dir, command), indent=1))
+    with naming_failed_writes(output_dir, FINISHED_NAME):
+        write_text(output_dir / FINISHED_NAME, json.dumps(_completion(output_dir, command), indent=1))
 
 
 def nothing_left_to_do(output_dir: Path, command: dict) -> bool:
@@ -165,6 +172,25 @@ def describe_kept(output_dir: Path) -> str:
     """What a run that fails now leaves to resume from, for its error."""
     checkpoints = list_checkpoints(output_dir)
     return f"Kept: {checkpoints[-1] if checkpoints else 'no checkpoint yet'}."
+
+
+@contextlib.contextmanager
+def naming_failed_writes(output_dir: Path, name: str) -> Iterator[None]:
+    """Turn a write into a run's directory that fails, such as on a full disk, into a sentence that says how to go on.
+
+    `name` is the file's, in `output_dir`; one that the error knows itself counts more.
+
+    Raises:
+        RunError: instead of `OSError` and `SafetensorError`.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        path = getattr(error, "filename", None) or Path(output_dir) / name
+        raise RunError(
+            f"{path} can't be written ({getattr(error, 'strerror', None) or error}); make room and continue with "
+            f"--resume_from_checkpoint latest. {describe_kept(output_dir)}"
+        ) from error
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:

@@ -12,36 +12,46 @@ from pathlib import Path
 from ..errors import UsageError
 from ..files import write_text
 from ..version import __version__
+from .run_directory import ARGS_NAME, METRICS_NAME, naming_failed_writes
 
-METRICS_NAME = "metrics.jsonl"
-VALIDATION_NAME = "validation.jsonl"
-ARGS_NAME = "training_args.json"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "soundfile", "soxr")
 
 
 class MetricsFile:
-    """`metrics.jsonl`, one line an optimizer update, or `validation.jsonl`, one a validation; flushed as written."""
+    """`metrics.jsonl`, one line an optimizer update, or `validation.jsonl`, one a validation; written at once.
+
+    Every method raises `RunError` where the disk is full; what could be written of a line is taken back.
+    """
 
     def __init__(self, output_dir: Path, *, first_update: int, name: str = METRICS_NAME) -> None:
         """Open for appending after update `first_update`; lines of later updates, from a run that was cut off beyond
         its last checkpoint, are dropped, since they are about to be repeated."""
+        self._place = Path(output_dir), name
         path = Path(output_dir) / name
         kept = [line for line in read_metrics(path) if line["update"] <= first_update] if path.is_file() else []
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         # What the run has taken up to here, where the lines say it.
         self.seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
-        self._file = path.open("a", encoding="utf-8")
+        with naming_failed_writes(*self._place):
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = path.open("ab", buffering=0)
 
     def write(self, line: dict) -> None:
         """Append one update's values; NaN and infinity, which JSON lacks, become null."""
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        content, before = (json.dumps(finite) + "\n").encode(), self._file.tell()
+        with naming_failed_writes(*self._place):
+            try:
+                while content:  # a disk that is nearly full takes a part first, and only then refuses
+                    content = content[self._file.write(content) :]
+            except OSError:
+                self._file.truncate(before)
+                raise
 
     def flush_to_disk(self) -> None:
         """Before a checkpoint: a power cut must not lose the lines of updates that no run will repeat."""
-        os.fsync(self._file.fileno())
+        with naming_failed_writes(*self._place):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -62,7 +72,8 @@ def read_metrics(path: Path) -> list[dict]:
 def write_training_args(output_dir: Path, *, arguments: dict, facts: dict) -> None:
     """Write `training_args.json`: every resolved argument, and facts about model, data, code and machine."""
     content = {"arguments": arguments, **facts, **environment_facts()}
-    write_text(Path(output_dir) / ARGS_NAME, json.dumps(content, indent=2, default=str) + "\n")
+    with naming_failed_writes(output_dir, ARGS_NAME):
+        write_text(Path(output_dir) / ARGS_NAME, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def plain_values(values: dict) -> dict:

@@ -11,8 +11,8 @@ from ..adapters import save_lora
 from ..data.latent_cache import CachedTrack
 from ..files import write_tensors
 from ..paths import LORA_WEIGHTS_NAME
-from .run_directory import BEST_DIR
-from .tracking import VALIDATION_NAME, MetricsFile
+from .run_directory import BEST_DIR, VALIDATION_NAME, naming_failed_writes
+from .tracking import MetricsFile
 from .validation_loss import LossMeter
 
 # Where nothing was said: so many validations, or fewer, if they would cost more than this share of the training.
@@ -103,7 +103,8 @@ class Validator:
         if not self.meter.accelerator.is_main_process:
             return
         if self.progress.best_update == update > 0:
-            save_lora(transformer, self.output_dir / BEST_DIR)
+            with naming_failed_writes(self.output_dir, f"{BEST_DIR}/{LORA_WEIGHTS_NAME}"):
+                save_lora(transformer, self.output_dir / BEST_DIR)
         tracks = {track.id: float(of_track) for track, of_track in zip(self.draws.tracks, losses.mean(1), strict=True)}
         if self._file is None:
             self._file = MetricsFile(self.output_dir, name=VALIDATION_NAME, first_update=kept_until)
@@ -126,8 +127,10 @@ class Validator:
         self.last_update = state["last_update"]
         if not self.meter.accelerator.is_main_process:
             return
-        self._best_file.unlink(missing_ok=True)
-        if state["best"] is not None:
+        if state["best"] is None:
+            self._best_file.unlink(missing_ok=True)
+            return
+        with naming_failed_writes(self.output_dir, f"{BEST_DIR}/{LORA_WEIGHTS_NAME}"):
             write_tensors(self._best_file, state["best"]["tensors"], state["best"]["metadata"])
 
     @property
