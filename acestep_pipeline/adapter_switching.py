@@ -3,6 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from diffusers.utils import get_adapter_name
+
+from . import adapter_hotswap
+from .adapter_settings import parse_targets
 from .adapter_weights import (
     ActiveAdapters,
     Weight,
@@ -12,6 +17,7 @@ from .adapter_weights import (
     check_schedule,
     check_weights,
     on_schedule,
+    set_active,
 )
 from .errors import UsageError
 
@@ -70,5 +76,54 @@ class AdapterSwitching:
             raise UsageError("adapters are fused into the model's weights; call unfuse_lora() before deleting one.")
         # peft would let another adapter act in the place of an active one that goes.
         for _, layer in adapter_layers(self.transformer):
-            layer._active_adapter = [name for name in layer.active_adapters if name not in names]
+            set_active(layer, [name for name in layer.active_adapters if name not in names])
         super().delete_adapters(names)
+
+    def enable_lora_hotswap(
+        self, target_rank: int = 128, target_modules: str | Sequence[str] = "attention+mlp"
+    ) -> None:
+        """Give the adapters that are loaded from now on room for others, so that `load_lora_weights(…, hotswap=True)`
+        and `set_adapters` with other weights need no new compilation. Call it before the first is loaded.
+
+        Args:
+            target_rank: the highest rank to come. Every adapter takes the memory and time of this rank.
+            target_modules: the layers to come, sets or names as for training; by default all of the blocks.
+
+        Raises:
+            UsageError: see `adapter_hotswap.make_room`.
+        """
+        adapter_hotswap.make_room(self.transformer, target_rank=target_rank, targets=parse_targets(target_modules))
+
+    @classmethod
+    def load_lora_into_transformer(
+        cls,
+        state_dict: dict[str, torch.Tensor],
+        transformer: torch.nn.Module,
+        adapter_name: str | None = None,
+        *,
+        hotswap: bool = False,
+        metadata: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """diffusers' step of loading that adds the layers; a hot-swap is `adapter_hotswap`'s.
+
+        Raises:
+            ValueError: there is no room for it.
+        """
+        adapter_name = adapter_name or get_adapter_name(transformer)
+        load_anew = super().load_lora_into_transformer
+
+        def load(state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None) -> None:
+            load_anew(dict(state_dict), transformer, adapter_name=adapter_name, metadata=metadata, **options)
+
+        if hotswap or getattr(transformer, "_hotswap_room", None) is not None:
+            adapter_hotswap.load(
+                transformer,
+                state_dict,
+                metadata,
+                adapter_name=adapter_name,
+                hotswap=hotswap,
+                load_anew=load,
+            )
+        else:
+            load(state_dict, metadata)

@@ -150,7 +150,13 @@ def activate(transformer: torch.nn.Module, weights: Mapping[str, Weight]) -> Non
                 # A compiled model is not to see another list of adapters: there a scale of 0 does it.
                 if value or torch.is_tensor(_scales(layer).get(name)):
                     active.append(name)
-        layer._active_adapter = active
+        set_active(layer, active)
+
+
+def set_active(layer: BaseTunerLayer, names: list[str]) -> None:
+    """Which adapters act on a layer. A compiled model asks whether it is the same list, so an equal one stays."""
+    if layer.active_adapters != names:
+        layer._active_adapter = names
 
 
 def set_scale(layer: BaseTunerLayer, name: str, weight: float) -> None:
@@ -178,7 +184,7 @@ class ActiveAdapters:
         """Adapters that have gone since are left out; those that were loaded since don't act."""
         for _, layer in adapter_layers(self._transformer):
             active, scales = self._layers.get(layer, ([], {}))
-            layer._active_adapter = [name for name in active if has_adapter(layer, name)]
+            set_active(layer, [name for name in active if has_adapter(layer, name)])
             for name in scales.keys() & _scales(layer).keys():
                 if torch.is_tensor(layer.scaling[name]):
                     layer.scaling[name].fill_(scales[name])
