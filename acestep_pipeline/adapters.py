@@ -1,7 +1,6 @@
 """Adapters in a transformer: where they go, how they are added, and the file they become."""
 
 import re
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -144,56 +143,3 @@ def save_lora(transformer: torch.nn.Module, directory: Path) -> None:
         sort_metadata(temporary)
 
     write_atomically(Path(directory) / LORA_WEIGHTS_NAME, write)
-
-
-def is_lokr(state_dict: dict[str, torch.Tensor]) -> bool:
-    """Whether these are a LoKr's weights (`….lokr_w1`), PEFT's names."""
-    return any(".lokr_" in name for name in state_dict)
-
-
-def check_adapter_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
-    """Check an adapter (diffusers' names, `transformer.<module>.lora_A.weight`) against the layers it would go to.
-
-    Raises:
-        ValueError: none of it is for a transformer, or a layer is missing or of another width.
-    """
-    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in state_dict.items():
-        if name.startswith("transformer."):
-            path, _, matrix = re.sub(r"\.(lora|lokr)_", r" \1_", name.removeprefix("transformer.")).partition(" ")
-            layers[path][matrix] = tensor
-    if not layers:
-        raise ValueError("it has no weights for this transformer (made for another model, or by another tool?).")
-    for path, matrices in layers.items():
-        lokr = any(name.startswith("lokr_") for name in matrices)
-        widths = _lokr_widths(matrices) if lokr else _lora_widths(matrices)
-        if not widths:
-            continue
-        try:
-            layer = transformer.get_submodule(path)
-        except AttributeError:
-            raise ValueError(f"it has weights for {path}, a layer that this checkpoint doesn't have.") from None
-        for side, width in widths.items():
-            expected = getattr(layer, f"{side}_features", None)
-            if expected not in (None, width):
-                raise ValueError(
-                    f"its {path} is {width} wide ({side}put), this checkpoint's is {expected}: another size."
-                )
-
-
-def _lora_widths(matrices: dict[str, torch.Tensor]) -> dict[str, int]:
-    """A is `[rank, in]`, B `[out, rank]`."""
-    sides = {"in": ("lora_A.weight", 1), "out": ("lora_B.weight", 0)}
-    return {side: matrices[name].shape[axis] for side, (name, axis) in sides.items() if name in matrices}
-
-
-def _lokr_widths(matrices: dict[str, torch.Tensor]) -> dict[str, int]:
-    """The Kronecker product of `[a, b]` and `[c, d]` is `[a·c, b·d]`; a factor may be a product `_a @ _b` itself."""
-    widths = {"in": 1, "out": 1}
-    for factor in ("lokr_w1", "lokr_w2"):
-        rows, columns = (matrices.get(factor, matrices.get(f"{factor}_{half}")) for half in "ab")
-        if rows is None or columns is None:
-            raise ValueError(f"it is a LoKr without its {factor}: the file is incomplete.")
-        widths["out"] *= rows.shape[0]
-        widths["in"] *= columns.shape[1]
-    return widths

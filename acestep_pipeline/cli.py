@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--bpm", type=int, help="beats per minute")
     command.add_argument("--keyscale", help="key, such as 'C minor'")
     command.add_argument("--timesignature", choices=("2", "3", "4", "6"), help="beats in a bar")
-    command.add_argument("--adapter", help="adapter directory, file or Hub id; DIR:0.8 scales it")
+    command.add_argument("--adapter", help="any trainer's adapter: folder, file, Hub id, s3://...; DIR:0.8 scales it")
     command.add_argument(
         "--compare", action="store_true", help="write the same prompt and seed without the adapter too"
     )

@@ -7,19 +7,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AceStepPipeline
-from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    IncompleteSnapshotError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError
 
+from .adapter_formats.install import diffusers_state, free_name, install_factors, is_plain_lora, layer_shapes
+from .adapter_formats.locate import load_adapter
 from .adapter_switching import AdapterSwitching
-from .adapters import check_adapter_fits, is_lokr
 from .checkpoint_conversion import (
     SILENCE_LATENT_NAME,
     TEXT_ENCODER_DIR,
@@ -31,7 +23,7 @@ from .checkpoint_conversion import (
 )
 from .condition_mask import padding_hidden
 from .errors import UsageError
-from .paths import LORA_WEIGHTS_NAME
+from .hub import download, looks_like_path
 from .progress import quiet_loading
 from .tiny_checkpoint import TINY_NAME, tiny_checkpoint_path
 
@@ -171,64 +163,65 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
         for encoder in (self.vae, self.text_encoder, self.condition_encoder):
             encoder.to(device)
 
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name=None, **kwargs):
-        """diffusers' `load_lora_weights` for what training wrote, a LoKr too: an adapter directory, its file, or a Hub
-        id. The adapter does not drop anything while it generates.
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        *,
+        strict: bool = True,
+        hotswap: bool = False,
+        low_cpu_mem_usage: bool = True,
+        **where,
+    ) -> None:
+        """Load an adapter of any format (`adapter_formats`), with the strength that it was trained with.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a file, a folder, a Hub id, `s3://bucket/folder`, or a state dict.
+            adapter_name: what to call it; `default_<number>` if None.
+            strict: False makes a warning of what is an error otherwise: no layer, or not all of it, is for this
+                transformer, or all weights are zero.
+            hotswap: put it in the place of the adapter of that name (LoRA only), as diffusers' `hotswap`.
+            low_cpu_mem_usage: diffusers'.
+            where: `weight_name`, `subfolder`, `revision`, `cache_dir`, `token`: which file of a folder or repository.
 
         Raises:
-            UsageError: the file is not there, is damaged or a pickle, or does not fit this transformer. The pipeline
-                is then as it was before.
+            UsageError: it is not there, is damaged or a pickle, or does not fit this transformer. The pipeline is then
+                as it was before.
         """
         source = pretrained_model_name_or_path_or_dict
         name = "given as a state dict" if isinstance(source, dict) else repr(str(source))
-        if not isinstance(source, dict):
-            source = _locate_adapter(str(source), kwargs)
         try:
-            state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
-            # Before diffusers changes the transformer: it does not restore it when an adapter does not fit.
-            check_adapter_fits(state_dict, self.transformer)
-            if is_lokr(state_dict):
-                # diffusers 0.42 loads it into the transformer, but refuses it here for its keys' names.
+            adapter_name = adapter_name or free_name(self.transformer)
+            if not hotswap and adapter_name in getattr(self.transformer, "peft_config", {}):
+                raise ValueError(f"the name {adapter_name} already in use; unload that one, or choose another")
+            shapes = layer_shapes(self.transformer)
+            # All checks come before diffusers changes the transformer: it does not restore it when one fails.
+            adapter = load_adapter(source, layer_shapes=shapes, strict=strict, **where)
+            if not adapter.modules:
+                return
+            if is_plain_lora(adapter):
+                state_dict, metadata = diffusers_state(adapter)
                 self.load_lora_into_transformer(
                     state_dict,
                     self.transformer,
                     adapter_name=adapter_name,
                     metadata=metadata,
                     _pipeline=self,
-                    hotswap=kwargs.get("hotswap", False),
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    hotswap=hotswap,
                 )
+            elif hotswap:
+                raise ValueError("only a LoRA can be hot-swapped")
             else:
-                super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
+                install_factors(self.transformer, adapter, adapter_name)
+            if not hotswap:
+                # PEFT turns off the adapters of the same kind only.
+                self.set_adapters(adapter_name)
             # diffusers leaves the new layers in training mode, with the dropout that the file may name.
             self.transformer.train(self.transformer.training)
         except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-            what = " ".join(str(error).split())[:300]
-            raise UsageError(f"the adapter {name} doesn't load into this checkpoint: {what}") from error
-
-
-def _locate_adapter(source: str, options: dict) -> str:
-    """Check an adapter's path, and set in `options` what diffusers needs to read it."""
-    path = Path(source).expanduser()
-    options.setdefault("use_safetensors", True)
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise UsageError(f"{source} is a pickle, which can run code when loaded; convert it to safetensors first.")
-    if path.is_file():
-        return str(path)
-    if path.is_dir():
-        options.setdefault("weight_name", LORA_WEIGHTS_NAME)
-        if not (path / options["weight_name"]).is_file():
-            raise UsageError(f"{source} holds no {options['weight_name']}: it is not an adapter directory.")
-        return str(path)
-    if _looks_like_path(source):
-        raise UsageError(f"the adapter {source} does not exist.")
-    if is_offline_mode():
-        # Offline, diffusers can't list the repository to find the file's name.
-        options.setdefault("weight_name", LORA_WEIGHTS_NAME)
-    return source
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(".safetensors")
+            what = " ".join(str(error).split())[:400].rstrip(".")
+            raise UsageError(f"the adapter {name} doesn't load into this checkpoint: {what}.") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +246,7 @@ def resolve_checkpoint(
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _resolve_folder(folder, variant_dir)
-    if folder.exists() or _looks_like_path(name):
+    if folder.exists() or looks_like_path(name):
         raise UsageError(f"the checkpoint {name!r} is not a folder, not a Hub id (user/name), and not 'tiny'.")
     return _resolve_hub(name, variant_dir=variant_dir, revision=revision, cache_dir=cache_dir)
 
@@ -273,13 +266,13 @@ def _resolve_hub(
 ) -> Path | OriginalCheckpoint:
     """Find out what a repository holds from a few small files, then download what is needed of it and no more."""
 
-    def download(repo: str, patterns: list[str], *, partly: bool = False) -> Path:
+    def fetch(repo: str, patterns: list[str], *, partly: bool = False) -> Path:
         at = revision if repo == name else None
-        return _download(repo, patterns, revision=at, cache_dir=cache_dir, partly=partly)
+        return download(repo, patterns, revision=at, cache_dir=cache_dir, partly=partly)
 
-    probe = download(name, [MODEL_INDEX_NAME, f"{VAE_DIR}/config.json", f"*{SILENCE_LATENT_NAME}"], partly=True)
+    probe = fetch(name, [MODEL_INDEX_NAME, f"{VAE_DIR}/config.json", f"*{SILENCE_LATENT_NAME}"], partly=True)
     if (probe / MODEL_INDEX_NAME).is_file():
-        return _resolve_folder(download(name, [MODEL_INDEX_NAME, *DIFFUSERS_PATTERNS]), variant_dir)
+        return _resolve_folder(fetch(name, [MODEL_INDEX_NAME, *DIFFUSERS_PATTERNS]), variant_dir)
     # "." is a DiT at the top of the repository.
     dits = sorted(path.parent.relative_to(probe).as_posix() for path in probe.rglob(SILENCE_LATENT_NAME))
     held = ", ".join(dits) or "none"
@@ -289,31 +282,11 @@ def _resolve_hub(
     # The base and sft DiTs have repositories of their own, named like the variant, by the same owner.
     dit_repo, folder = (name, folder) if folder in dits else (f"{name.split('/')[0]}/{folder}", ".")
     try:
-        dit = download(dit_repo, [(Path(folder) / pattern).as_posix() for pattern in DIT_PATTERNS]) / folder
+        dit = fetch(dit_repo, [(Path(folder) / pattern).as_posix() for pattern in DIT_PATTERNS]) / folder
     except UsageError as error:
         if dit_repo == name:
             raise
         raise UsageError(f"{name} holds no {variant_dir!r} (found: {held}), and {error}") from error
     shared_repo = name if (probe / VAE_DIR / "config.json").is_file() else SHARED_COMPONENTS_REPO
-    shared = download(shared_repo, [f"{VAE_DIR}/*", f"{TEXT_ENCODER_DIR}/*"])
+    shared = fetch(shared_repo, [f"{VAE_DIR}/*", f"{TEXT_ENCODER_DIR}/*"])
     return OriginalCheckpoint(dit=dit, vae=shared / VAE_DIR, text_encoder=shared / TEXT_ENCODER_DIR)
-
-
-def _download(
-    repo: str, patterns: list[str], *, revision: str | None, cache_dir: str | None, partly: bool = False
-) -> Path:
-    """Files of a repository, from the cache where the Hub can't be reached: all of them, or `partly` what is there."""
-    try:
-        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise UsageError(
-            f"the Hub has no model {repo!r}{at} that you can see; check the name (private: `hf auth login`)."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
-        if partly and isinstance(error, IncompleteSnapshotError):
-            return Path(error.snapshot_path)
-        raise UsageError(
-            f"{repo!r} is no folder here, the Hub can't be reached, and the cache has no complete copy: "
-            "check the network, or give a folder or 'tiny'."
-        ) from error

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -48,17 +48,24 @@ def list_objects(url: str) -> list[RemoteFile]:
         return list_folder(open_client(NUM_WORKERS), bucket, folder)
 
 
-def local_copy(location: str, *, num_workers: int = NUM_WORKERS, show_progress: bool = True) -> Path:
+def local_copy(
+    location: str,
+    *,
+    choose: Callable[[list[str]], Iterable[str]] | None = None,
+    num_workers: int = NUM_WORKERS,
+    show_progress: bool = True,
+) -> Path:
     """The folder that holds what is at a location: a path itself, or an `s3://` address pulled into the cache.
 
-    The copy lies in `cache_dir()/s3/<bucket>/<prefix>` and is brought up to date by each call. Raises as `pull` does.
+    The copy lies in `cache_dir()/s3/<bucket>/<prefix>` and is brought up to date by each call: all of it, or what
+    `choose` takes of the files' names (relative to the address). Raises as `pull` and `choose` do.
     """
     if not is_remote(location):
         return Path(location).expanduser()
     bucket, folder = parse_address(location)
     root = cache_dir() / "s3" / bucket
     # One index for the bucket, so that copies of a folder and of a folder in it are the same files.
-    _mirror(location, root, root_key="", num_workers=num_workers, show_progress=show_progress)
+    _mirror(location, root, root_key="", choose=choose, num_workers=num_workers, show_progress=show_progress)
     return root / folder
 
 
@@ -91,7 +98,15 @@ def pull(url: str, directory: Path, *, num_workers: int = NUM_WORKERS, show_prog
     return Path(directory)
 
 
-def _mirror(url: str, root: Path, *, root_key: str, num_workers: int, show_progress: bool) -> None:
+def _mirror(
+    url: str,
+    root: Path,
+    *,
+    root_key: str,
+    choose: Callable[[list[str]], Iterable[str]] | None = None,
+    num_workers: int,
+    show_progress: bool,
+) -> None:
     """Make the objects under `url` files of `root`, where `root` stands for the key `root_key` ("" or ending in /)."""
     bucket, folder = parse_address(url)
     with s3_errors(url):
@@ -102,6 +117,10 @@ def _mirror(url: str, root: Path, *, root_key: str, num_workers: int, show_progr
     with _pulling(root):
         index = _Index.read(root, f"s3://{bucket}/{root_key}")
         index.remove(name for name in index.files.keys() - wanted.keys() if name.startswith(folder[len(root_key) :]))
+        if choose is not None:
+            above = folder[len(root_key) :]
+            chosen = set(choose([name.removeprefix(above) for name in wanted]))
+            wanted = {name: file for name, file in wanted.items() if name.removeprefix(above) in chosen}
         todo = {name: file for name, file in wanted.items() if not index.holds(name, file)}
         if not todo:
             return

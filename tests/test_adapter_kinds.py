@@ -156,7 +156,7 @@ def test_a_lokr_beside_a_lora_and_of_another_size(tiny_dir, tiny_pipeline, tmp_p
     before = velocity(tiny_pipeline)
     weights = load_file(tmp_path / WEIGHTS)
     wrong = {
-        "wider": ({n: t.repeat(2, 2) if "w1" in n else t for n, t in weights.items()}, "is 128 wide (input)"),
+        "wider": ({n: t.repeat(2, 2) if "w1" in n else t for n, t in weights.items()}, "64 outputs and 128 inputs"),
         "half": ({n: t for n, t in weights.items() if "w1" in n}, "a LoKr without its lokr_w2"),
     }
     for name, (tensors, said) in wrong.items():

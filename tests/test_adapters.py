@@ -381,10 +381,16 @@ def of_another_model(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 WRONG_STATE_DICTS = {
-    "wider": (wider, "layers.0.cross_attn.to_k is 128 wide (input), this checkpoint's is 64"),
+    "wider": (
+        wider,
+        "layers.0.cross_attn.to_k has 64 outputs and 128 inputs, this checkpoint's 32 outputs and 64 inputs",
+    ),
     "deeper": (deeper, "layers.4.cross_attn.to_k, a layer that this checkpoint doesn't have"),
     "of another model": (of_another_model, "no weights for this transformer"),
-    "full weights": (lambda state_dict: {"transformer.layers.0.mlp.up_proj.weight": torch.zeros(160, 64)}, "'lora'"),
+    "full weights": (
+        lambda state_dict: {"transformer.layers.0.mlp.up_proj.weight": torch.zeros(160, 64)},
+        "no weights for this",
+    ),
     "empty": (lambda state_dict: {}, "no weights for this transformer"),
 }
 

@@ -59,7 +59,7 @@ def write_final_report(
     samples = []
     if prompts:
         pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype).to(device)
-        pipeline.load_lora_weights(output_dir)
+        pipeline.load_lora_weights(output_dir, strict=False)  # a run of one update may not have changed anything yet
         with naming_failed_writes(output_dir, SAMPLES_DIR):
             samples = write_samples(
                 pipeline,

@@ -1,0 +1,63 @@
+"""Adapters of every trainer in our pipeline: each layer changes by exactly what that trainer's formula says."""
+
+import pytest
+import torch
+from diffusers import AceStepTransformer1DModel
+
+from tests.adapter_files import FAMILIES, comfyui, differences, lycoris
+from tests.test_adapters import velocity
+
+
+@pytest.fixture
+def transformer(tiny_dir) -> AceStepTransformer1DModel:
+    return AceStepTransformer1DModel.from_pretrained(tiny_dir, subfolder="transformer")
+
+
+@pytest.fixture(scope="module")
+def base_velocity(tiny_dir) -> torch.Tensor:
+    return velocity(AceStepTransformer1DModel.from_pretrained(tiny_dir, subfolder="transformer"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_layer_changes_as_its_trainer_says(family, transformer, tiny_pipeline, base_velocity, tmp_path):
+    written = FAMILIES[family](transformer, tmp_path / "adapter")
+    names = [name for name, _ in tiny_pipeline.transformer.named_modules()]
+    tiny_pipeline.load_lora_weights(written.source, adapter_name="it")
+    found = differences(tiny_pipeline.transformer)
+    assert found.keys() == written.deltas.keys()
+    for name, delta in found.items():
+        torch.testing.assert_close(
+            delta, written.deltas[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    adapted = velocity(tiny_pipeline)
+    assert (adapted - base_velocity).abs().max() > 1e-3
+
+    # It can be scaled, disabled and removed like any other.
+    tiny_pipeline.set_adapters(["it"], [0.0])
+    assert torch.equal(velocity(tiny_pipeline), base_velocity)
+    tiny_pipeline.set_adapters(["it"], [1.0])
+    assert torch.equal(velocity(tiny_pipeline), adapted)
+    tiny_pipeline.disable_lora()
+    assert torch.equal(velocity(tiny_pipeline), base_velocity)
+    tiny_pipeline.enable_lora()
+    tiny_pipeline.unload_lora_weights()
+    assert torch.equal(velocity(tiny_pipeline), base_velocity)
+    assert [name for name, _ in tiny_pipeline.transformer.named_modules()] == names
+
+
+@pytest.mark.parametrize("first", ["LyCORIS, lokr", "ComfyUI, generic"])
+def test_kinds_beside_each_other_add_up(first, transformer, tiny_pipeline, tmp_path):
+    written = [comfyui(transformer, tmp_path / "lora", "generic"), lycoris(transformer, tmp_path / "lokr"),
+               lycoris(transformer, tmp_path / "loha", "loha")]  # fmt: skip
+    if first == "LyCORIS, lokr":
+        written[:2] = written[1::-1]
+    for name, one in zip(("first", "second", None), written, strict=True):
+        tiny_pipeline.load_lora_weights(one.source, adapter_name=name)
+        assert tiny_pipeline.get_active_adapters() == [name or "default_2"]
+        found = differences(tiny_pipeline.transformer)
+        for name, delta in one.deltas.items():
+            torch.testing.assert_close(found[name], delta, rtol=1e-4, atol=1e-5)
+    tiny_pipeline.set_adapters(["first", "second", "default_2"], [0.5, -1.0, 2.0])
+    for name, delta in differences(tiny_pipeline.transformer).items():
+        expected = 0.5 * written[0].deltas[name] - written[1].deltas[name] + 2 * written[2].deltas[name]
+        torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-4)
