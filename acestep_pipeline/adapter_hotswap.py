@@ -55,18 +55,18 @@ def make_room(transformer: torch.nn.Module, *, target_rank: int, targets: tuple[
 
 def load(
     transformer: torch.nn.Module,
-    state_dict: Mapping[str, torch.Tensor],
+    state_dict: Mapping[str, torch.Tensor] | None,
     metadata: Mapping[str, Any] | None,
     *,
     adapter_name: str,
     hotswap: bool,
-    load_anew: Callable[[Mapping[str, torch.Tensor], Mapping[str, Any] | None], None],
+    load_anew: Callable[[Mapping[str, torch.Tensor] | None, Mapping[str, Any] | None], object],
 ) -> None:
     """Load an adapter in the place of another (`hotswap`), or with room to swap others in (after `make_room`).
 
     Args:
         transformer: the model, compiled or not.
-        state_dict: with diffusers' keys (`transformer.<layer>.lora_A.weight`).
+        state_dict: with diffusers' keys (`transformer.<layer>.lora_A.weight`); None for another kind than LoRA.
         metadata: diffusers', with the prefix `transformer.`.
         adapter_name: of the adapter to replace, or of the new one.
         hotswap: whether one is to be replaced. It acts at weight 1 afterwards where it acted before.
@@ -79,7 +79,7 @@ def load(
         loaded = ", ".join(loaded_adapters(transformer)) or "none"
         raise ValueError(f"no adapter {adapter_name!r} is loaded that it could replace; loaded are: {loaded}")
     room: Room | None = getattr(transformer, "_hotswap_room", None)
-    factors = read_factors(state_dict, metadata)
+    factors = None if state_dict is None else read_factors(state_dict, metadata)
     obstacle = find_obstacle(transformer, adapter_name, factors) if hotswap else None
     if hotswap and obstacle is None:
         swap_in(transformer, adapter_name, factors)

@@ -9,6 +9,7 @@ import torch
 from diffusers import AceStepPipeline
 from safetensors import SafetensorError
 
+from . import adapter_hotswap
 from .adapter_formats.install import diffusers_state, free_name, install_factors, is_plain_lora, layer_shapes
 from .adapter_formats.locate import load_adapter
 from .adapter_switching import AdapterSwitching
@@ -180,7 +181,7 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
             adapter_name: what to call it; `default_<number>` if None.
             strict: False makes a warning of what is an error otherwise: no layer, or not all of it, is for this
                 transformer, or all weights are zero.
-            hotswap: put it in the place of the adapter of that name (LoRA only), as diffusers' `hotswap`.
+            hotswap: put it in the place of the adapter of that name (see `enable_lora_hotswap`).
             low_cpu_mem_usage: diffusers'.
             where: `weight_name`, `subfolder`, `revision`, `cache_dir`, `token`: which file of a folder or repository.
 
@@ -210,10 +211,15 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
                     low_cpu_mem_usage=low_cpu_mem_usage,
                     hotswap=hotswap,
                 )
-            elif hotswap:
-                raise ValueError("only a LoRA can be hot-swapped")
             else:
-                install_factors(self.transformer, adapter, adapter_name)
+                adapter_hotswap.load(
+                    self.transformer,
+                    None,
+                    None,
+                    adapter_name=adapter_name,
+                    hotswap=hotswap,
+                    load_anew=lambda *_: install_factors(self.transformer, adapter, adapter_name),
+                )
             if not hotswap:
                 # PEFT turns off the adapters of the same kind only.
                 self.set_adapters(adapter_name)

@@ -61,3 +61,13 @@ def test_kinds_beside_each_other_add_up(first, transformer, tiny_pipeline, tmp_p
     for name, delta in differences(tiny_pipeline.transformer).items():
         expected = 0.5 * written[0].deltas[name] - written[1].deltas[name] + 2 * written[2].deltas[name]
         torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_any_kind_takes_the_place_of_any_other(transformer, tiny_pipeline, tmp_path):
+    kinds = ("ComfyUI, generic", "LyCORIS, lokr", "LyCORIS, diag-oft", "LyCORIS, loha", "ComfyUI, dora")
+    for index, family in enumerate((*kinds, kinds[0])):
+        written = FAMILIES[family](transformer, tmp_path / str(index))
+        tiny_pipeline.load_lora_weights(written.source, adapter_name="slot", hotswap=index > 0)
+        assert tiny_pipeline.get_active_adapters() == ["slot"]
+        for name, delta in differences(tiny_pipeline.transformer).items():
+            torch.testing.assert_close(delta, written.deltas[name], rtol=1e-4, atol=1e-5)

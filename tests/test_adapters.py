@@ -53,11 +53,11 @@ def lora_layers(transformer: torch.nn.Module) -> dict[str, LoraLayer]:
 
 
 def trained(transformer: torch.nn.Module, settings: LoraSettings, seed: int = 0) -> torch.nn.Module:
-    """`transformer` with an adapter as if trained: B random, as it starts at zero; DoRA's magnitudes moved."""
+    """`transformer` with an adapter as if trained: what starts at zero is random, and DoRA's magnitudes moved."""
     parameters = add_lora(transformer, settings, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lokr_" in name:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
         elif "lora_magnitude_vector" in name:
             parameter.data *= 1 + 0.2 * torch.rand(parameter.shape, generator=generator)
