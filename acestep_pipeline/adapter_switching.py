@@ -20,6 +20,7 @@ from .adapter_weights import (
     set_active,
 )
 from .errors import UsageError
+from .mixed_batch import Choice, adapters_by_item, check_choices
 
 
 class AdapterSwitching:
@@ -29,18 +30,29 @@ class AdapterSwitching:
     def __call__(
         self,
         *args: Any,
+        adapters: Sequence[Choice] | None = None,
         adapter_schedule: Mapping[str, Weight | Sequence[tuple[float, Weight]]] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate as diffusers does, with adapters for this call.
+        """Generate as diffusers does, with adapters for this call; afterwards those of before act again.
 
         Args:
+            args: diffusers', the first is the prompt or a list of them.
+            adapters: for each prompt None (no adapter), a name, `(name, weight)`, or `{name: weight, …}`.
             adapter_schedule: weights by the step, `{"jazz": [(0.0, 0.0), (0.4, 0.8)], "lofi": 0.5}`: from 40 % of the
-                steps on jazz at 0.8, lofi all the time. No other adapter acts; afterwards those of before act again.
+                steps on jazz at 0.8, lofi all the time. No other adapter acts.
+            kwargs: diffusers'.
 
         Raises:
-            UsageError: an adapter that isn't loaded, or an impossible weight.
+            UsageError: an adapter that isn't loaded, an impossible weight, or both of these arguments at once.
         """
+        if adapters is not None:
+            if adapter_schedule is not None or (kwargs.get("attention_kwargs") or {}).get("scale", 1.0) != 1.0:
+                raise UsageError("adapters by prompt go with neither an adapter_schedule nor attention_kwargs' scale.")
+            prompts = args[0] if args else kwargs.get("prompt")
+            weights = check_choices(self.transformer, adapters, num_items=_count(prompts))
+            with adapters_by_item(self.transformer, weights):
+                return super().__call__(*args, **kwargs)
         if adapter_schedule is None:
             return super().__call__(*args, **kwargs)
         schedule = check_schedule(self.transformer, adapter_schedule)
@@ -127,3 +139,7 @@ class AdapterSwitching:
             )
         else:
             load(state_dict, metadata)
+
+
+def _count(prompts: str | list[str] | None) -> int:
+    return len(prompts) if isinstance(prompts, list) else 1
