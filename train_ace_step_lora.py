@@ -85,6 +85,7 @@ def train(args: argparse.Namespace) -> None:
     from acestep_pipeline.progress import progress_bar
     from acestep_pipeline.training import checkpointing, optimization, setup, tracking
     from acestep_pipeline.training.batch_size import BatchSize
+    from acestep_pipeline.training.comparison import measure_effect
     from acestep_pipeline.training.ema import AdapterAverage
     from acestep_pipeline.training.final_report import write_final_report
     from acestep_pipeline.training.health import NanGuard
@@ -341,10 +342,19 @@ def train(args: argparse.Namespace) -> None:
     if main:
         metrics_file.close()
         validator.close()
-    if main and not stop:
-        named = naming_failed_writes(args.output_dir, LORA_WEIGHTS_NAME)
-        with named, optimization.averaged_weights(optimizer), average.applied():
-            save_lora(transformer, args.output_dir)
+    if not stop:
+        with optimization.averaged_weights(optimizer), average.applied():
+            if main:
+                with naming_failed_writes(args.output_dir, LORA_WEIGHTS_NAME):
+                    save_lora(transformer, args.output_dir)
+            measured = measure_effect(
+                meter,
+                transformer,
+                held_out=inputs.held_out,
+                trained_on=tracks,
+                max_train_tracks=args.max_validation_samples,
+                num_items=num_updates * planner.effective_batch_size,
+            )
     accelerator.wait_for_everyone()
     # Before the process group ends: a DDP model that outlives it waits in its destructor for the group's threads,
     # which wait for the interpreter. And the report loads a model of its own.
@@ -374,6 +384,10 @@ def train(args: argparse.Namespace) -> None:
         seed=args.seed,
         kind=describe_kind(facts["lora"])[0],
         card_rows=settings.describe_run(args, facts, num_tracks=len(tracks), training_s=training_s),
+        measured=measured,
+        tracks=tracks,
+        style_clips=args.style_distance,
+        duration_s=args.validation_duration_s,
     )
     print(report)
     mark_finished(args.output_dir, command)

@@ -2,14 +2,10 @@
 
 from pathlib import Path
 
-import matplotlib
 from huggingface_hub import ModelCard, ModelCardData
 
 from .files import write_atomically
 from .paths import LORA_WEIGHTS_NAME
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  the backend is chosen first: there may be no screen
 
 TEMPLATE = """---
 {{ card_data }}
@@ -46,6 +42,10 @@ audio = pipe({{ prompt }}, audio_duration=60).audios
 {{ note }}
 {% endif %}
 
+## Effect
+
+{{ effect }}
+
 ## Training
 
 | | |
@@ -53,9 +53,9 @@ audio = pipe({{ prompt }}, audio_duration=60).audios
 {% for row in rows -%}
 | {{ row[0] }} | {{ row[1] }} |
 {% endfor %}
-{% if plot %}![training loss]({{ plot }})
+{% if plot %}![loss by update]({{ plot }})
 
-The loss of one update depends mostly on the timesteps it drew: look at the smoothed line.
+The training loss of one update depends mostly on the timesteps it drew: look at the smoothed line.
 {% endif %}
 Every argument, version and hash is in `training_args.json`; the values of each update are in `metrics.jsonl`.
 """
@@ -71,31 +71,6 @@ LOKR_NOTE = """A LoKr is not a LoRA: in diffusers (0.42 and later) it is the tra
 (`lokr_w1`, `lokr_w2`), with its `LoKrConfig` in the file's metadata; programs that take LoRA only can't use them."""
 
 
-def plot_loss(metrics: list[dict], path: Path) -> None:
-    """Draw loss (raw and smoothed over a tenth of the run) and learning rate by update."""
-    updates = [line["update"] for line in metrics]
-    losses = [line["loss"] for line in metrics]
-    window = max(1, len(losses) // 10)
-    smoothed = [
-        sum(losses[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(losses))
-    ]
-    figure, axis = pyplot.subplots(figsize=(8, 4), dpi=110)
-    axis.plot(updates, losses, color="tab:blue", alpha=0.3, linewidth=1, label="loss")
-    axis.plot(updates, smoothed, color="tab:blue", linewidth=2, label=f"mean of {window} updates")
-    axis.set_xlabel("optimizer update")
-    axis.set_ylabel("flow-matching loss")
-    rate = axis.twinx()
-    rate.plot(updates, [line["lr"] for line in metrics], color="tab:gray", linewidth=1, linestyle="--")
-    rate.set_ylabel("learning rate", color="tab:gray")
-    rate.set_ylim(bottom=0)
-    axis.legend(loc="upper right")
-    figure.tight_layout()
-    try:
-        write_atomically(path, figure.savefig)
-    finally:
-        pyplot.close(figure)
-
-
 def write_model_card(
     path: Path,
     *,
@@ -105,6 +80,7 @@ def write_model_card(
     kind: str,
     rows: list[tuple[str, str]],
     samples: list[dict[str, str]],
+    effect: str,
     plot: str | None,
     prompt: str,
 ) -> None:
@@ -118,6 +94,7 @@ def write_model_card(
         kind: of adapter, for a person: LoRA, DoRA or LoKr.
         rows: facts about the training, as (what, value).
         samples: `prompt`, `with_adapter`, `without_adapter` (relative paths) of each pair.
+        effect: what the adapter does to the loss, as markdown.
         plot: relative path of the loss plot.
         prompt: the example prompt.
     """
@@ -139,6 +116,7 @@ def write_model_card(
         base_link=f"https://huggingface.co/{base_model}" if on_hub else "https://huggingface.co/ACE-Step",
         rows=rows,
         samples=[{**sample, "prompt": sample["prompt"].replace("|", "\\|").replace("\n", " ")} for sample in samples],
+        effect=effect,
         plot=plot,
         prompt=repr(prompt),
     )

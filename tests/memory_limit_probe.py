@@ -42,8 +42,10 @@ def needed(windows: int, *inputs) -> int:
     return next(size for size in range(0, 64 * MIB, MIB // 4) if fits(windows, size, *inputs))
 
 
-def limited(model, batch, *rest):
+def limited(model, batch, *rest, **named):
     """Find the limit once, between what one window needs and what all of them need; then do what the script does."""
+    if not torch.is_grad_enabled():  # it measures
+        return squared_error(model, batch, *rest, **named)
     train_ace_step_lora.squared_error = squared_error
     if os.environ.get("RANK", "0") == os.environ["LIMITED_RANK"]:
         one, all_of_them = (needed(windows, model, batch, *rest) for windows in (1, len(batch["sigmas"])))

@@ -288,6 +288,7 @@ WRONG_VALUES = {
     "early_stopping_patience": [0],
     "checkpointing_epochs": [0],
     "validation_inference_steps": [0],
+    "style_distance": [0, 7],
     "lr_scheduler": ["sawtooth"],
     "report_to": ["mlflow", "wandb"],
 }

@@ -37,8 +37,8 @@ def small_memory(monkeypatch):
     squared_error = train_ace_step_lora.squared_error
 
     def set_size(windows: int) -> None:
-        def limited(model, batch, *rest):
-            result = squared_error(model, batch, *rest)
+        def limited(model, batch, *rest, **named):
+            result = squared_error(model, batch, *rest, **named)
             if len(batch["sigmas"]) > windows:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return result

@@ -147,3 +147,7 @@ def test_two_processes_measure_what_one_does(demo_dir, tmp_path):
     assert [line["update"] for line in two] == [0, 1, 2]
     for a, b in zip(two, one, strict=True):
         assert a["tracks"] == pytest.approx(b["tracks"], rel=1e-5)
+    two, one = (json.loads((tmp_path / name / "effect.json").read_text()) for name in ("two", "one"))
+    for tracks in ("held_out", "training"):
+        for loss in ("loss_without", "loss_with"):
+            assert two[tracks][loss] == pytest.approx(one[tracks][loss], rel=1e-5)

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 import train_ace_step_lora
@@ -19,8 +20,9 @@ interpolate, add_lora, encode_latents = flow_matching.interpolate, setup.add_lor
 
 
 def watch_noise(latents, noise, sigmas):
-    """Keep the noise of every micro-batch."""
-    noises.append(noise.clone())
+    """Keep the noise of every micro-batch that is trained on."""
+    if torch.is_grad_enabled():
+        noises.append(noise.clone())
     return interpolate(latents, noise, sigmas)
 
 

@@ -12,6 +12,7 @@ from .memory import check_quantization_installed
 from .objective import check_objective
 from .optimizers import check_optimizer
 from .settings import lora_settings, text_options
+from .style_distance import check_style_distance
 from .tracking import check_trackers
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -73,6 +74,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_quantization_installed(args.base_quantization)
     check_objective(args.timestep_distribution, args.timestep_mix, args.weighting_scheme)
     check_trackers(args.report_to)
+    check_style_distance(args.style_distance, args.validation_duration_s)
     check_launch()
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     size = choose_batch_size(

@@ -114,8 +114,8 @@ def _add_validation_arguments(g) -> None:
     g.add_argument("--validation_data_dir", help="hold out the tracks of this folder or dataset (of its split test, where it has one)")
     g.add_argument("--validation_fraction", type=float, default=0.0, help="hold out this share of the tracks of --train_data_dir, the same of every genre")
     g.add_argument("--validation_seed", type=int, default=0, help="which tracks --validation_fraction holds out, and the noise and windows they are judged by: independent of --seed, so that runs compare")
-    g.add_argument("--max_validation_samples", type=int, default=32, help="validate on at most N held-out tracks")
-    g.add_argument("--num_validation_draws", type=int, default=8, help="forward passes of each held-out track, at fixed timesteps spread over those of training")
+    g.add_argument("--max_validation_samples", type=int, default=32, help="validate on at most N held-out tracks, and at the end measure the effect on at most as many training tracks")
+    g.add_argument("--num_validation_draws", type=int, default=8, help="forward passes of each of these tracks, at fixed timesteps spread over those of training")
     g.add_argument("--validation_steps", type=int, help="validate every N updates, besides before the first and after the last; unset: about 20 times, less where that would cost more than a tenth of the training")
     g.add_argument("--validation_epochs", type=int, help="the same in epochs")
     g.add_argument("--early_stopping_patience", type=int, help="stop after N validations in a row without a lower loss; the adapter of the lowest is in best/")
@@ -135,6 +135,7 @@ def _add_output_arguments(g) -> None:
     g.add_argument("--validation_prompt", help="their prompt, with the trigger word if it lacks it; unset: the tags, lyrics and key of the first tracks")
     g.add_argument("--validation_duration_s", type=float, default=30.0, help="their length")
     g.add_argument("--validation_inference_steps", type=int, help="their denoising steps; unset: 50, turbo 8")
+    g.add_argument("--style_distance", type=int, nargs="?", const=16, metavar="N", help="measure how far N clips (16; at least 8), generated with and without the adapter, are from the training music in sound: a Frechet distance over MFCCs; costs 2 N generations [style-distance]")
 
 
 # fmt: on

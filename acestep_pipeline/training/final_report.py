@@ -1,27 +1,39 @@
 """The end of a run: load what was written as a user would, let it be heard, write the card, say what to do next."""
 
+import json
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..model_card import plot_loss, write_model_card
+from ..data.latent_cache import CachedTrack
+from ..files import write_text
+from ..model_card import write_model_card
 from ..paths import LORA_WEIGHTS_NAME
 from ..pipeline import ACEStepPipeline
+from ..plots import plot_loss
 from ..prompt_fields import PromptFields
 from ..version import __version__
-from .effect import describe_effect
+from .comparison import Measured
+from .effect import Verdict, judge
+from .effect_report import draw_update_norms, effect_lines, effect_record, effect_section
 from .run_directory import (
     CARD_NAME,
+    EFFECT_NAME,
     METRICS_NAME,
+    NORMS_PLOT_NAME,
     PLOT_NAME,
     SAMPLES_DIR,
     VALIDATION_NAME,
     naming_failed_writes,
 )
+from .style_clips import measure_style
+from .style_distance import StyleDistance
 from .tracking import read_metrics
+from .update_norms import relative_norm
 from .validation import write_samples
 
 
@@ -38,8 +50,12 @@ def write_final_report(
     seed: int,
     kind: str,
     card_rows: list[tuple[str, str]],
+    measured: Measured,
+    tracks: Sequence[CachedTrack],
+    style_clips: int | None,
+    duration_s: float,
 ) -> str:
-    """Generate the samples with the adapter in `output_dir`, draw the loss, and write the model card.
+    """Generate the samples with the adapter in `output_dir`, judge and draw what it does, and write the model card.
 
     Args:
         output_dir: the run's directory, with adapter and metrics.
@@ -52,27 +68,25 @@ def write_final_report(
         seed: of the first sample; the next ones count up.
         kind: of adapter: LoRA, DoRA or LoKr.
         card_rows: facts for the card's table.
+        measured: what the adapter does to the loss.
+        tracks: what was trained on.
+        style_clips: clips to generate for a style distance; None: it is not measured.
+        duration_s: of each of these.
 
     Returns:
         What to tell the user: the result, where it is, and the next command.
     """
-    samples = []
-    if prompts:
+    samples, style = [], None
+    if prompts or style_clips:
         pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype).to(device)
         pipeline.load_lora_weights(output_dir, strict=False)  # a run of one update may not have changed anything yet
+        sampling = {"num_inference_steps": num_inference_steps, "seed": seed}
         with naming_failed_writes(output_dir, SAMPLES_DIR):
-            samples = write_samples(
-                pipeline,
-                prompts,
-                num_inference_steps=num_inference_steps,
-                seed=seed,
-                directory=output_dir / SAMPLES_DIR,
-            )
+            samples = write_samples(pipeline, prompts, **sampling, directory=output_dir / SAMPLES_DIR)
+        if style_clips:
+            style = measure_style(pipeline, tracks, clips=style_clips, duration_s=duration_s, **sampling)
     metrics = [line for line in read_metrics(output_dir / METRICS_NAME) if line["loss"] is not None]
-    with naming_failed_writes(output_dir, PLOT_NAME):
-        plot_loss(metrics, output_dir / PLOT_NAME)
-    validations = output_dir / VALIDATION_NAME
-    effect = describe_effect(read_metrics(validations) if validations.is_file() else [])
+    verdict = _write_effect(output_dir, metrics, measured, style)
     model = checkpoint["pretrained_model_name_or_path"]
     with naming_failed_writes(output_dir, CARD_NAME):
         write_model_card(
@@ -81,8 +95,9 @@ def write_final_report(
             version=__version__,
             base_model=model,
             kind=kind,
-            rows=[*card_rows, ("effect", effect)],
+            rows=[*card_rows, ("effect", verdict.headline)],
             samples=samples,
+            effect=effect_section(measured, verdict, style, plot=NORMS_PLOT_NAME),
             plot=PLOT_NAME,
             prompt=example_prompt,
         )
@@ -92,7 +107,7 @@ def write_final_report(
     flags += f" --variant_dir {checkpoint['variant_dir']}" if checkpoint.get("variant_dir") else ""
     lines = [
         f"Mean loss of the first tenth of the updates {start:.4f}, of the last tenth {end:.4f}.",
-        effect,
+        *effect_lines(measured, verdict, style),
         f"  adapter        {output_dir / LORA_WEIGHTS_NAME}",
     ]
     for sample in samples:
@@ -104,6 +119,23 @@ def write_final_report(
         f"--prompt {shlex.quote(example_prompt)} --output out.wav",
     ]
     return "\n".join(lines)
+
+
+def _write_effect(
+    output_dir: Path, metrics: list[dict], measured: Measured, style: StyleDistance | str | None
+) -> Verdict:
+    """Judge what was measured, and write `effect.json` and the pictures of the loss and of the update."""
+    path = output_dir / VALIDATION_NAME
+    validations = read_metrics(path) if path.is_file() else []
+    verdict = judge(measured.held_out, measured.trained_on, validations, update_size=relative_norm(measured.norms))
+    with naming_failed_writes(output_dir, PLOT_NAME):
+        plot_loss(metrics, output_dir / PLOT_NAME, validations=validations, best_update=verdict.since_update)
+    with naming_failed_writes(output_dir, NORMS_PLOT_NAME):
+        draw_update_norms(measured.norms, output_dir / NORMS_PLOT_NAME)
+    record = effect_record(measured, verdict, style, updates=metrics[-1]["update"])
+    with naming_failed_writes(output_dir, EFFECT_NAME):
+        write_text(output_dir / EFFECT_NAME, json.dumps(record, indent=1) + "\n")
+    return verdict
 
 
 def _command() -> str:

@@ -22,6 +22,10 @@ VALIDATION_NAME = "validation.jsonl"
 ARGS_NAME = "training_args.json"
 CARD_NAME = "README.md"
 PLOT_NAME = "loss.png"
+EFFECT_NAME = "effect.json"
+NORMS_PLOT_NAME = "update_norms.png"
+# What the final report writes, and others may, too.
+REPORT_NAMES = (CARD_NAME, PLOT_NAME, EFFECT_NAME, NORMS_PLOT_NAME)
 SAMPLES_DIR = "samples"
 # The adapter at the lowest validation loss.
 BEST_DIR = "best"
@@ -56,7 +60,7 @@ def check_run_directory(output_dir: Path, *, resuming: bool, overwrite: bool) ->
             f"--output_dir {output_dir} already holds a run; continue it with --resume_from_checkpoint latest, "
             "replace it with --overwrite_output_dir, or name another directory."
         )
-    taken = [name for name in (CARD_NAME, PLOT_NAME) if (output_dir / name).exists()]
+    taken = [name for name in REPORT_NAMES if (output_dir / name).exists()]
     if taken and not holds_run:
         raise UsageError(
             f"--output_dir {output_dir} has a {taken[0]} that is not a run's and would be replaced; name another "
@@ -75,7 +79,7 @@ def _run_files(output_dir: Path) -> list[Path]:
 
 def _all_files(output_dir: Path) -> list[Path]:
     """What a run may write beside its checkpoints and samples, whether it is there or not."""
-    others = (CARD_NAME, PLOT_NAME, VALIDATION_NAME, f"{BEST_DIR}/{LORA_WEIGHTS_NAME}")
+    others = (*REPORT_NAMES, VALIDATION_NAME, f"{BEST_DIR}/{LORA_WEIGHTS_NAME}")
     return [*_run_files(output_dir), *(output_dir / name for name in others)]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from ..data.batching import keyed_generator, shuffled
 from ..data.latent_cache import CachedTrack, load_condition, load_latents
@@ -98,10 +99,11 @@ class LossMeter:
         return FixedDraws(tracks, num_draws=self.num_draws, seed=self.seed, config=self.config)
 
     @torch.no_grad()
-    def measure(self, draws: FixedDraws) -> np.ndarray:
+    def measure(self, draws: FixedDraws, *, bar: tqdm | None = None) -> np.ndarray:
         """The mean squared error of every draw; call it on all processes: the passes are dealt out to them.
 
-        The model's training mode and the random state are left as they were.
+        The model's training mode and the random state are left as they were. `bar` is moved on by the passes of all
+        processes.
 
         Returns:
             float64 `[tracks, num_draws]`, the same on every process.
@@ -119,6 +121,8 @@ class LossMeter:
                 error = self.squared_error(self.model, batch) / elements
                 if own < len(draws):
                     losses[own] = error
+                if bar is not None:
+                    bar.update(min(num_processes, len(draws) - start))
         finally:
             self.model.train(was_training)
         losses = self.accelerator.reduce(losses, "sum")
