@@ -29,23 +29,28 @@ def adapter_layers(transformer: torch.nn.Module) -> Iterator[tuple[str, BaseTune
     """Every layer that can hold adapters, with its name in the transformer without adapters."""
     stack = [("", getattr(transformer, "_orig_mod", transformer))]
     while stack:
-        name, module = stack.pop()
-        if isinstance(module, BaseTunerLayer):
-            yield name, module
-            # An adapter of another kind on the same layer wraps this one.
-            stack.append((name, module.base_layer))
-        else:
-            prefix = f"{name}." if name else ""
-            stack += [(prefix + child, part) for child, part in reversed(list(module.named_children()))]
+        prefix, module = stack.pop()
+        for name, part in reversed(module._modules.items()):
+            if part is None:
+                continue
+            layer_name = prefix + name
+            # An adapter of another kind on the same layer is wrapped by this one.
+            while isinstance(part, BaseTunerLayer):
+                yield layer_name, part
+                part = part.base_layer
+            if part._modules:
+                stack.append((layer_name + ".", part))
 
 
 def has_adapter(layer: BaseTunerLayer, name: str) -> bool:
     """Whether an adapter has weights for this layer."""
-    return any(name in getattr(layer, kind) for kind in layer.adapter_layer_names)
+    if "scaling" in layer.__dict__:
+        return name in layer.scaling
+    return any(name in getattr(layer, kind) for kind in layer.adapter_layer_names)  # an OFT has no scale
 
 
 def _scales(layer: BaseTunerLayer) -> dict[str, float | torch.Tensor]:
-    return getattr(layer, "scaling", {})
+    return layer.__dict__.get("scaling", {})
 
 
 def loaded_adapters(transformer: torch.nn.Module) -> list[str]:
