@@ -156,6 +156,13 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
                 torch.manual_seed(SOURCE_SEED)
             return super().__call__(*args, **kwargs)
 
+    def encode_prompt(self, prompt: str | list[str], lyrics: str | list[str], *args, **kwargs):
+        """diffusers', with the same lyrics for all prompts where they are one text: it fails then, though that is its
+        own default."""
+        if isinstance(prompt, list) and isinstance(lyrics, str):
+            lyrics = [lyrics] * len(prompt)
+        return super().encode_prompt(prompt, lyrics, *args, **kwargs)
+
     def move_encoders(self, device: torch.device) -> None:
         """Move what encodes (VAE, text encoder, condition encoder) to `device`; the DiT stays where it is.
 

@@ -1,7 +1,8 @@
 """A small read-only Hugging Face Hub: serves folders as model repositories to huggingface_hub, over real HTTP.
 
-It answers what `hf_hub_download` and `snapshot_download` of huggingface_hub 2.4 ask (repository info, file tree,
-HEAD and GET with ranges), with the error codes the Hub sends. Weights are served as LFS files are, without Xet.
+It answers what `hf_hub_download`, `snapshot_download` and `get_collection` of huggingface_hub 2.4 ask (repository
+info, file tree, HEAD and GET with ranges), with the error codes the Hub sends. Weights are served as LFS files are,
+without Xet.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ class Hub:
     repositories: dict[str, dict[str, Path]]
     url: str = ""
     downloads: list[str] = field(default_factory=list)  # "owner/name/path" of every file body sent
+    collections: dict[str, list[str]] = field(default_factory=dict)  # slug -> repositories
 
     def commit(self, repository: str, revision: str) -> str | None:
         """The commit that a branch names, or the commit itself; None if there is no such revision."""
@@ -57,6 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
             self._answer_api(*match.groups())
+        elif match := re.fullmatch(r"/api/collections/([^/]+/[^/]+)", path):
+            self._answer_collection(match[1])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._answer_file(*match.groups())
         else:
@@ -86,6 +90,18 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in names]
             answer = {"_id": "1", "id": repository, "modelId": repository, "sha": commit, "private": False}
             answer |= {"tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
+        self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _answer_collection(self, slug: str) -> None:
+        if slug not in self.server.hub.collections:
+            return self._send(404, b"{}")
+        items = [
+            {"_id": str(number), "id": repository, "type": "model", "position": number}
+            for number, repository in enumerate(self.server.hub.collections[slug])
+        ]
+        answer = {"slug": slug, "title": slug, "owner": {"name": slug.partition("/")[0]}, "items": items}
+        answer |= {"lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "private": False, "theme": "orange"}
+        answer["upvotes"] = 0
         self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _answer_file(self, repository: str, revision: str, name: str) -> None:

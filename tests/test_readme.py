@@ -62,15 +62,16 @@ def test_every_command_is_one_that_exists():
     assert kinds == {"make", "accelerate", "acestep-lora", "python", "examples/fetch_free_music.sh"}
 
 
-def test_the_python_example_runs(tmp_path, tiny_pipeline, monkeypatch):
+def test_the_python_examples_run(tmp_path, tiny_pipeline, monkeypatch):
     parameters = adapters.add_lora(tiny_pipeline.transformer, adapters.LoraSettings(r=2), seed=0)
     for parameter in parameters:
         parameter.data.fill_(0.01)  # as if trained: it starts as zero
-    adapters.save_lora(tiny_pipeline.transformer, tmp_path)
-    (code,) = blocks("python")
+    adapters.save_lora(tiny_pipeline.transformer, tmp_path / "jazz")
+    code = "\n".join(blocks("python"))  # the later ones use the first one's pipeline
     for ours, theirs in (
         ('"ACE-Step/Ace-Step1.5", variant_dir="acestep-v15-base"', '"tiny"'),
-        ("output/c-my_music", str(tmp_path)),
+        ("output/c-my_music", str(tmp_path / "jazz")),
+        ("s3://bucket/lora", str(tmp_path)),
         ("audio_duration=60", "audio_duration=2, num_inference_steps=1"),
     ):
         assert ours in code
