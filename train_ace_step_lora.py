@@ -22,6 +22,7 @@ from acestep_pipeline.training.run_directory import (
     check_run_directory,
     clear_leftovers,
     clear_run,
+    describe_checkpoint,
     find_checkpoint,
     mark_finished,
     naming_failed_writes,
@@ -76,7 +77,7 @@ def train(args: argparse.Namespace) -> None:
         return
 
     import torch
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+    from accelerate.utils.memory import clear_device_cache
 
     from acestep_pipeline.adapter_settings import describe_kind
     from acestep_pipeline.adapters import save_lora
@@ -90,6 +91,8 @@ def train(args: argparse.Namespace) -> None:
     from acestep_pipeline.training.final_report import write_final_report
     from acestep_pipeline.training.health import NanGuard
     from acestep_pipeline.training.interruption import Interruption, interrupted
+    from acestep_pipeline.training.parallelism import choose_parallelism
+    from acestep_pipeline.training.processes import check_same_everywhere
     from acestep_pipeline.training.validation import choose_prompts
     from acestep_pipeline.training.validation_loss import LossMeter
     from acestep_pipeline.training.validator import Validator
@@ -114,6 +117,8 @@ def train(args: argparse.Namespace) -> None:
     if accelerator.mixed_precision != args.mixed_precision:
         say(f"warning: this {device.type} has no fast {args.mixed_precision} and would be slower with it: using fp32.")
         args.mixed_precision = accelerator.mixed_precision
+    if args.resume_from_checkpoint is not None:
+        check_same_everywhere({"the checkpoint to resume from": describe_checkpoint(checkpoint)})
 
     # -------------------------------------------------------------------------------------------- models and data
     checkpoint_source = {
@@ -144,6 +149,7 @@ def train(args: argparse.Namespace) -> None:
     settings.fill_model_defaults(args, transformer.config, is_turbo=inputs.is_turbo)
 
     # -------------------------------------------------------------------------------------- optimizer and schedule
+    parallel = choose_parallelism(accelerator, max_grad_norm=args.max_grad_norm)
     batch_size = BatchSize(args.effective_batch_size, args.train_batch_size)
     planner = batching.EpochPlanner(
         tracks,
@@ -151,6 +157,7 @@ def train(args: argparse.Namespace) -> None:
         effective_batch_size=batch_size.effective,
         micro_batch_size=batch_size.micro,
         num_processes=num_processes,
+        lock_step=parallel.lock_step,
     )
     per_epoch = planner.updates_per_epoch
     num_updates = args.num_updates = args.max_train_steps or args.num_train_epochs * per_epoch
@@ -176,7 +183,7 @@ def train(args: argparse.Namespace) -> None:
         lr_power=args.lr_power,
     )
     # The schedule counts updates, not processes: it is stepped below, and not prepared.
-    model, optimizer = accelerator.prepare(transformer, optimizer)
+    model, optimizer = parallel.prepare(transformer, optimizer)
 
     # -------------------------------------------------------------------------------------------------- validation
     meter = LossMeter(
@@ -279,11 +286,11 @@ def train(args: argparse.Namespace) -> None:
                             model, batch, inputs.condition_mask, inputs.silence_latent, inputs.null_condition_emb
                         )
                         loss = micro.weight * loss / elements
-                        accelerator.backward(loss)
+                        parallel.backward(loss)
                     update_loss += loss.detach()
                     losses.append(([tracks[item.track].id for item in micro.items], batch["sigmas"], loss.detach()))
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                if not parallel.can_repeat(error):
                     raise
                 fits = False
 
@@ -300,8 +307,7 @@ def train(args: argparse.Namespace) -> None:
                     f"{frames / inputs.frames_per_second:g} s of music in a forward pass of several windows."
                 )
                 break
-            optimization.sum_gradients(inputs.lora_parameters)
-            grad_norm = float(accelerator.clip_grad_norm_(inputs.lora_parameters, args.max_grad_norm))
+            grad_norm = parallel.finish_gradients(inputs.lora_parameters)
             line = {"loss": update_loss, "grad_norm": grad_norm, "lr": optimization.current_learning_rate(optimizer)}
             if nan_guard.refuses(update_loss, grad_norm):
                 nan_guard.report(accelerator, losses, update=done + 1, output_dir=args.output_dir)
@@ -326,7 +332,9 @@ def train(args: argparse.Namespace) -> None:
             if main:
                 seconds = round(time.monotonic() - started, 3)
                 metrics_file.write({"update": done, "epoch": epoch, **line, "seconds": seconds})
-                if over or checkpointing.is_due(done, per_epoch=per_epoch, **checkpoint_every):
+            if over or checkpointing.is_due(done, per_epoch=per_epoch, **checkpoint_every):
+                parallel.gather(optimizer)  # of all processes, for the one that writes
+                if main:
                     limit = args.checkpoints_total_limit
                     metrics_file.flush_to_disk()
                     checkpointing.save_checkpoint(

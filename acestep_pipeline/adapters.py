@@ -118,7 +118,9 @@ def add_lora(transformer: torch.nn.Module, settings: LoraSettings, *, seed: int)
 
 def lora_state_dict(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's weights by PEFT name, contiguous on the CPU."""
-    state_dict = get_peft_model_state_dict(transformer)
+    # Only what is trained: FSDP gives the state of a whole model to all processes or none, and one process saves.
+    trained = {name: tensor for name, tensor in transformer.named_parameters() if tensor.requires_grad}
+    state_dict = get_peft_model_state_dict(transformer, state_dict=trained)
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state_dict.items()}
 
 

@@ -32,7 +32,8 @@ HUB_TIMEOUT_S = 5
 # A module of each optional extra of setup.cfg.
 EXTRAS = {"av": "av", "auto-tag": "librosa", "ray": "ray", "s3": "boto3", "tensorboard": "tensorboard",
           "trackio": "trackio", "wandb": "wandb", "8bit": "bitsandbytes", "prodigy": "prodigyopt",
-          "schedulefree": "schedulefree", "quantization": "torchao", "style-distance": "librosa"}  # fmt: skip
+          "schedulefree": "schedulefree", "quantization": "torchao", "style-distance": "librosa",
+          "deepspeed": "deepspeed"}  # fmt: skip
 
 
 @dataclass(frozen=True)

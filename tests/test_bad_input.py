@@ -1,6 +1,8 @@
 """What users get wrong, through the flagship script: one sentence that names it, and nothing half-written."""
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -13,7 +15,6 @@ from acestep_pipeline import paths
 from acestep_pipeline.errors import one_sentence_errors
 from acestep_pipeline.training import arguments as script_arguments
 from acestep_pipeline.training.argument_checks import check_args
-from acestep_pipeline.training.launch import SHARDED
 from tests.training_runs import ROOT, SCRIPT, flags, train_here
 
 UNREADABLE = {
@@ -22,6 +23,8 @@ UNREADABLE = {
     "zero.wav": "the file is empty",
 }
 ADAPTER = "pytorch_lora_weights.safetensors"
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
 
 
 def write_clip(path, *, duration_s=2.0, sample_rate=48_000, channels=2, tags="noise, test"):
@@ -351,10 +354,36 @@ def test_fp16_on_a_cpu(music, refused):
     assert "--mixed_precision fp16 needs a CUDA device" in error
 
 
-@pytest.mark.parametrize("name, kind", SHARDED.items())
-def test_a_launcher_that_divides_the_model(tmp_path, monkeypatch, refused, name, kind):
-    monkeypatch.setenv(name, "true")
-    assert f"asks for {kind}" in refused(tmp_path)
+@pytest.mark.parametrize(
+    ("environment", "flags", "said"),
+    [
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "asks for Megatron-LM, .*; use FSDP2"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "has a parallelism_config, .*; leave it out"),
+        (FSDP2 | {"FSDP_VERSION": "1"}, {}, "asks for FSDP 1, .*; set fsdp_version: 2"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "set fsdp_offload_params: false"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "leave it to --gradient_checkpointing"),
+        (FSDP2, {"mixed_precision": "fp16"}, "--mixed_precision fp16 does not go with FSDP and DeepSpeed; use bf16"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {}, "asks for ZeRO stage 3, .*; set zero_stage: 2"),
+        (
+            ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"},
+            {},
+            "names a deepspeed_config_file, .*; set zero_stage",
+        ),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "set offload_optimizer_device: none"),
+        (ZERO, {"optimizer": "adamw_8bit"}, "--optimizer adamw_8bit does not go with DeepSpeed, .*; use adamw"),
+    ],
+)
+def test_a_launcher_that_asks_for_what_is_not_there(tmp_path, monkeypatch, refused, environment, flags, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert re.search(said, refused(tmp_path, **flags))
+
+
+def test_deepspeed_that_is_not_installed_names_the_extra(tmp_path, monkeypatch, refused):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
+    assert "pip install 'ace-step-lora[deepspeed]'" in refused(tmp_path)
 
 
 def test_flags_that_argparse_refuses(tmp_path, capsys):

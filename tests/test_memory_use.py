@@ -34,7 +34,9 @@ def saved_and_predicted(shape, dtype, dropout, items, *, checkpointing=0.0, targ
     if checkpointing:
         enable_gradient_checkpointing(model, checkpointing)
         for block in model.layers[: round(6 * checkpointing)]:
-            block.register_forward_pre_hook(lambda module, inputs: blocks.append(inputs[0]))
+            block.register_forward_pre_hook(
+                lambda module, args, kwargs: blocks.append(kwargs["hidden_states"]), with_kwargs=True
+            )
     batch, width = Batch(items, 400, 60), model.config.encoder_hidden_size or model.config.hidden_size
     inputs = {
         "hidden_states": torch.randn(items, 400, 64).to(dtype), "timestep": torch.full((items,), 0.5).to(dtype),

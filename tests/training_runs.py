@@ -69,7 +69,7 @@ def start(
     )
 
 
-def metrics(output: Path) -> list[dict]:
+def metrics(output: Path, name: str = "metrics.jsonl") -> list[dict]:
     """The lines of a run's metrics, without wall-clock times."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (output / name).read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]

@@ -1,4 +1,7 @@
-"""The flagship script with eyes: each process writes down what it saw, encoded and wrote, and what it ended with."""
+"""The flagship script with eyes: each process writes down what it saw, encoded, held, wrote and ended with.
+
+`FORCE_BF16=1` has it train in bf16 where that is slow; `BROKEN_UPDATE=N` makes an item of update N infinite.
+"""
 
 import json
 import os
@@ -7,16 +10,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 import train_ace_step_lora
 from acestep_pipeline import flow_matching
 from acestep_pipeline.adapters import lora_state_dict
-from acestep_pipeline.data import latent_cache
-from acestep_pipeline.training import setup
+from acestep_pipeline.data import batching, latent_cache
+from acestep_pipeline.training import parallelism, setup
 
 rank = os.environ.get("RANK", "0")
-noises, adapters, encoded, written = [], [], [], []
+noises, adapters, encoded, written, held = [], [], [], [], {}
 interpolate, add_lora, encode_latents = flow_matching.interpolate, setup.add_lora, latent_cache.encode_latents
+choose_parallelism, draw = parallelism.choose_parallelism, batching.BatchLoader._draw
 
 
 def watch_noise(latents, noise, sigmas):
@@ -38,6 +43,33 @@ def watch_encoding(vae, audio):
     return encode_latents(vae, audio)
 
 
+def watch_parallelism(*args, **kwargs):
+    """Keep how large the model is, as `prepare` gets it, and how much of it is left in this process."""
+    parallel = choose_parallelism(*args, **kwargs)
+    prepare = parallel.prepare
+
+    def watched(transformer, optimizer):
+        held["bytes"] = sum(p.nbytes for p in transformer.parameters() if not p.requires_grad)
+        model, prepared = prepare(transformer, optimizer)
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in transformer.parameters()]
+        held["local_bytes"] = sum(p.nbytes for p in local if not p.requires_grad)
+        held["trained"] = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+        held["optimized"] = sum(p.numel() for group in prepared.param_groups for p in group["params"])
+        held["dtypes"] = sorted({f"{p.dtype} {p.requires_grad}" for p in transformer.parameters()})
+        return model, prepared
+
+    parallel.prepare = watched
+    return parallel
+
+
+def draw_broken(loader, item, update, slot):
+    """The first item of one update has infinite latents, whichever process it falls to."""
+    drawn = draw(loader, item, update, slot)
+    if (update, slot) == (int(os.environ["BROKEN_UPDATE"]), 0):
+        drawn["latents"] = drawn["latents"] + float("inf")
+    return drawn
+
+
 def watch_files(output_dir: Path):
     """Keep the paths under `output_dir` that this process creates, writes or renames."""
 
@@ -57,11 +89,15 @@ def watch_files(output_dir: Path):
 
 if __name__ == "__main__":
     flow_matching.interpolate, setup.add_lora = watch_noise, watch_adapter
-    latent_cache.encode_latents = watch_encoding
+    latent_cache.encode_latents, parallelism.choose_parallelism = watch_encoding, watch_parallelism
+    if os.environ.get("FORCE_BF16"):
+        setup.bf16_is_fast = lambda device: True
+    if os.environ.get("BROKEN_UPDATE"):
+        batching.BatchLoader._draw = draw_broken
     args = train_ace_step_lora.arguments.parse_args(sys.argv[1:])
     directory = Path(args.output_dir).parent
     watch_files(Path(args.output_dir))
     train_ace_step_lora.train(args)
     save_file({str(index): noise for index, noise in enumerate(noises)}, directory / f"noise-{rank}.safetensors")
     save_file(lora_state_dict(adapters[0]), directory / f"adapter-{rank}.safetensors")
-    (directory / f"seen-{rank}.json").write_text(json.dumps({"encoded": encoded, "written": written}))
+    (directory / f"seen-{rank}.json").write_text(json.dumps({"encoded": encoded, "written": written, "held": held}))

@@ -75,7 +75,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_objective(args.timestep_distribution, args.timestep_mix, args.weighting_scheme)
     check_trackers(args.report_to)
     check_style_distance(args.style_distance, args.validation_duration_s)
-    check_launch()
+    check_launch(mixed_precision=args.mixed_precision, optimizer=args.optimizer)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     size = choose_batch_size(
         effective_batch_size=args.effective_batch_size,

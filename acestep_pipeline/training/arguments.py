@@ -145,7 +145,9 @@ def build_parser() -> argparse.ArgumentParser:
     """All arguments, with their defaults without a preset."""
     p = argparse.ArgumentParser(
         description="Train a LoRA for ACE-Step 1.5. Start with --preset smoke to see that everything works here, then "
-        "--preset c. Defaults below are without a preset.",
+        "--preset c. Defaults below are without a preset. On several GPUs: accelerate launch --config_file "
+        "examples/accelerate_configs/ddp.yaml, fsdp2.yaml (a share of the model on each) or deepspeed_zero2.yaml "
+        "(--optimizer adamw).",
         usage="accelerate launch train_ace_step_lora.py [--preset NAME] [--flag VALUE ...]",
         formatter_class=HelpFormatter,
         allow_abbrev=False,

@@ -142,8 +142,9 @@ def measure_effect(
                 without = meter.measure(draws, bar=bar)
             names = tuple(track.id for track in draws.tracks)
             compared.append(Comparison(names, without, with_adapter, draws.bins, tuple(draws.describe_bins())))
+    norms = measure_update_norms(transformer)
     return Measured(
         held_out=compared[0] if len(held_out) else None,
         trained_on=compared[-1],
-        norms=measure_update_norms(transformer) if is_main else (),
+        norms=norms if is_main else (),
     )

@@ -3,6 +3,7 @@
 Imports torch only where it is used, so that a command line is checked quickly.
 """
 
+import functools
 import importlib.util
 import math
 from typing import TYPE_CHECKING
@@ -52,9 +53,6 @@ def enable_gradient_checkpointing(transformer: "torch.nn.Module", ratio: float) 
     """
     from torch.utils.checkpoint import checkpoint
 
-    chosen = set(transformer.layers[: num_checkpointed_blocks(len(transformer.layers), ratio)])
-
-    def run(block: "torch.nn.Module", *inputs):
-        return checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)
-
-    transformer.enable_gradient_checkpointing(run)
+    for block in transformer.layers[: num_checkpointed_blocks(len(transformer.layers), ratio)]:
+        # Within the block's call and not around it: FSDP fetches the weights there, once for both.
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from ..errors import RunError, UsageError
 from ..files import sha256, write_text
 from ..paths import LORA_WEIGHTS_NAME, probe_writable
-from .manifest import find_damage
+from .manifest import MANIFEST_NAME, find_damage
 
 METRICS_NAME = "metrics.jsonl"
 VALIDATION_NAME = "validation.jsonl"
@@ -153,7 +153,13 @@ def mark_finished(output_dir: Path, command: dict) -> None:
 
 
 def nothing_left_to_do(output_dir: Path, command: dict) -> bool:
-    """Whether the same command has finished here, and its adapter is still the one it wrote; says so if it is."""
+    """Whether the same command has finished here, and its adapter is still the one it wrote; says so if it is.
+
+    Several machines may not see the same directory: they agree on the checkpoint instead.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
+        return False
     try:
         finished = json.loads((output_dir / FINISHED_NAME).read_text(encoding="utf-8"))
         if finished != _completion(output_dir, command):
@@ -195,6 +201,11 @@ def naming_failed_writes(output_dir: Path, name: str) -> Iterator[None]:
             f"{path} can't be written ({getattr(error, 'strerror', None) or error}); make room and continue with "
             f"--resume_from_checkpoint latest. {describe_kept(output_dir)}"
         ) from error
+
+
+def describe_checkpoint(checkpoint: Path | None) -> str:
+    """Its name and what is in it, the same wherever a copy of it lies."""
+    return f"{checkpoint.name} ({sha256(checkpoint / MANIFEST_NAME)[:12]})" if checkpoint else "none"
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:

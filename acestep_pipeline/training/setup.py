@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env, release_memory
 
 from ..adapter_settings import LoraSettings, describe
@@ -26,8 +26,10 @@ from ..errors import UsageError
 from ..hardware import bf16_is_fast, default_device
 from ..pipeline import ACEStepPipeline
 from ..quantization import leave_base_out_of_ddp, quantize_base
+from .launch import uses_deepspeed
 from .memory import check_quantization_hardware, enable_gradient_checkpointing
-from .processes import COLLECTIVE_TIMEOUT, check_same_everywhere, gather_lists, local_share
+from .parallelism import fsdp_plugin, join_processes
+from .processes import check_same_everywhere, gather_lists, local_share
 
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
@@ -63,7 +65,7 @@ def build_accelerator(
     """
     # Said aloud, or a torchrun on a machine without a GPU becomes so many runs that know nothing of each other.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
-    device = PartialState(cpu=on_cpu, timeout=COLLECTIVE_TIMEOUT).device
+    device = join_processes(on_cpu=on_cpu)
     if mixed_precision == "fp16" and device.type != "cuda":
         raise UsageError(f"--mixed_precision fp16 needs a CUDA device, and this is {device.type}; use bf16 or no.")
     if mixed_precision == "bf16" and not bf16_is_fast(device):
@@ -71,7 +73,8 @@ def build_accelerator(
     if allow_tf32:
         torch.set_float32_matmul_precision("high")
     return Accelerator(
-        cpu=on_cpu,
+        cpu=on_cpu and not uses_deepspeed(),
+        fsdp_plugin=fsdp_plugin(),
         mixed_precision=mixed_precision,
         log_with=None if report_to == "none" else report_to,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / logging_dir)),

@@ -14,6 +14,7 @@ from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def group_by(norms: Iterable[ModuleNorm], attribute: str) -> dict:
 def measure_update_norms(transformer: torch.nn.Module) -> tuple[ModuleNorm, ...]:
     """The norms of every layer that an adapter of PEFT's (LoRA, rsLoRA, DoRA, LoKr) is active in.
 
+    Call it on all processes where each holds a share of the weights.
+
     Raises:
         TypeError: an adapter of another kind.
     """
@@ -63,6 +66,8 @@ def measure_update_norms(transformer: torch.nn.Module) -> tuple[ModuleNorm, ...]
             continue
         (adapter,) = layer.active_adapters
         weight = dequantize_module_weight(layer.get_base_layer()).detach()
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
         rows = weight.float().square().sum(1).double().cpu()
         if isinstance(layer, LoKrLayer):
             update = _lokr(layer, adapter)
