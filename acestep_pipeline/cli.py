@@ -6,9 +6,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from . import doctor
-from .errors import RunError, UsageError, one_sentence_errors
-from .paths import cache_dir, default_data, default_model, probe_writable
+from . import doctor, generate_command
+from .errors import UsageError, one_sentence_errors
+from .model_arguments import add_model_arguments, load_pipeline
+from .paths import cache_dir, default_data
 from .presets import preset_names
 from .version import __version__
 
@@ -22,27 +23,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = _command(commands, "generate", "make music, with an adapter or without", _generate)
-    _add_model_arguments(command)
-    command.add_argument("--prompt", required=True, help="tags or a description")
-    command.add_argument("--lyrics", type=Path, help="text file of lyrics; unset: [Instrumental]")
-    command.add_argument("--vocal_language", default="unknown", help="language code of the lyrics (default: unknown)")
-    command.add_argument("--duration", type=float, default=30.0, help="seconds, 10 to 600 (default: 30)")
-    command.add_argument("--bpm", type=int, help="beats per minute")
-    command.add_argument("--keyscale", help="key, such as 'C minor'")
-    command.add_argument("--timesignature", choices=("2", "3", "4", "6"), help="beats in a bar")
-    command.add_argument("--adapter", help="any trainer's adapter: folder, file, Hub id, s3://...; DIR:0.8 scales it")
-    command.add_argument(
-        "--compare", action="store_true", help="write the same prompt and seed without the adapter too"
-    )
-    command.add_argument("--seed", type=int, default=0, help="same seed: same noise (default: 0)")
-    command.add_argument("--num_inference_steps", type=int, help="denoising steps (default: 50, turbo 8)")
-    command.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: 7, turbo none)")
-    command.add_argument("--shift", type=float, help="timestep shift (default: 1, turbo 3)")
-    command.add_argument("--output", type=Path, default=Path("out.wav"), help="wav, flac, ogg, opus or mp3 (out.wav)")
+    command = _command(commands, "generate", "make music, with an adapter or without", generate_command.run)
+    generate_command.add_arguments(command)
 
     command = _command(commands, "cache", "encode a folder of music now, for a training later", _cache)
-    _add_model_arguments(command)
+    add_model_arguments(command)
     command.add_argument("--train_data_dir", help="folder of audio; unset: $ACESTEP_DATA, else /data, else ./data")
     command.add_argument("--max_duration_s", type=float, default=240.0, help="as in training (default: 240)")
     command.add_argument("--min_duration_s", type=float, default=10.0, help="as in training (default: 10)")
@@ -123,99 +108,6 @@ def _command(commands, name: str, description: str, run) -> argparse.ArgumentPar
     return command
 
 
-def _add_model_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--pretrained_model_name_or_path",
-        help="tiny, a folder or a Hub id; unset: $ACESTEP_MODEL, else /model, else the published base checkpoint",
-    )
-    command.add_argument("--variant_dir", help="which DiT of an original-layout checkpoint, e.g. acestep-v15-base")
-    command.add_argument("--revision", help="branch, tag or commit on the Hub")
-    command.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16", help="bf16 where it is fast")
-
-
-def _load_pipeline(args: argparse.Namespace, *, to_encode: bool = False):
-    """The pipeline on this machine's device; if it is to encode, its encoders alone, and the VAE in float32."""
-    import torch
-
-    from .hardware import bf16_is_fast, default_device
-    from .pipeline import ACEStepPipeline
-
-    device = default_device()
-    dtype = torch.bfloat16 if args.mixed_precision == "bf16" and bf16_is_fast(device) else torch.float32
-    name, said = default_model(args.pretrained_model_name_or_path)
-    print(f"Model: {name} ({said}), {dtype} on {device}", flush=True)
-    pipeline = ACEStepPipeline.from_pretrained(
-        name,
-        variant_dir=args.variant_dir,
-        revision=args.revision,
-        torch_dtype=dtype,
-        vae_dtype=torch.float32 if to_encode else dtype,
-    )
-    if to_encode:
-        pipeline.move_encoders(device)
-        return pipeline
-    return pipeline.to(device)
-
-
-def _generate(args: argparse.Namespace) -> int:
-    from .data.audio import AUDIO_SUFFIXES, write_audio
-    from .generation import SamplingSettings, generate
-    from .prompt_fields import INSTRUMENTAL, PromptFields
-
-    if args.output.suffix.lower() not in AUDIO_SUFFIXES:
-        raise UsageError(f"--output {args.output}: the ending must be one of {', '.join(sorted(AUDIO_SUFFIXES))}.")
-    if not 1 <= args.duration <= 600:
-        raise UsageError(f"--duration must be between 1 and 600 seconds, not {args.duration:g}.")
-    if args.compare and not args.adapter:
-        raise UsageError("--compare needs --adapter: without one there is nothing to compare.")
-    if args.bpm is not None and not args.bpm > 0:
-        raise UsageError(f"--bpm must be positive, not {args.bpm}.")
-    sampling = SamplingSettings(args.num_inference_steps, args.guidance_scale, args.shift, args.seed)
-    lyrics = INSTRUMENTAL
-    if args.lyrics is not None:
-        try:
-            lyrics = args.lyrics.read_text(encoding="utf-8-sig").strip() or INSTRUMENTAL
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--lyrics {args.lyrics} can't be read as UTF-8 text: {error}.") from error
-    adapter, scale = _split_scale(args.adapter) if args.adapter else (None, 1.0)
-    try:
-        probe_writable(args.output.parent)
-    except OSError as error:
-        raise UsageError(f"--output {args.output} can't be written ({error.strerror}); choose another.") from error
-    pipeline = _load_pipeline(args)
-    if adapter:
-        pipeline.load_lora_weights(adapter, adapter_name="adapter")
-        pipeline.set_adapters(["adapter"], [scale])
-    fields = PromptFields(
-        prompt=args.prompt,
-        lyrics=lyrics,
-        vocal_language=args.vocal_language,
-        bpm=args.bpm,
-        keyscale=args.keyscale,
-        timesignature=args.timesignature,
-        audio_duration=args.duration,
-    )
-    without = args.output.with_name(f"{args.output.stem}_without_adapter{args.output.suffix}")
-    for output in (args.output, without) if args.compare else (args.output,):
-        if output == without:
-            pipeline.disable_lora()
-        try:
-            write_audio(output, generate(pipeline, fields, sampling), sample_rate=pipeline.sample_rate)
-        except OSError as error:
-            raise RunError(f"{output} can't be written ({error.strerror}); make room, and run this again.") from error
-        print(f"Wrote {output}")
-    return 0
-
-
-def _split_scale(adapter: str) -> tuple[str, float]:
-    """`DIR:0.8` -> (`DIR`, 0.8); without a number at the end the scale is 1."""
-    name, colon, scale = adapter.rpartition(":")
-    try:
-        return (name, float(scale)) if colon else (adapter, 1.0)
-    except ValueError:
-        return adapter, 1.0
-
-
 def _cache(args: argparse.Namespace) -> int:
     from .data.latent_cache import LatentCache, prepare_tracks
     from .data.tracks import describe_problems, doubts_about_text, load_tracks
@@ -225,7 +117,7 @@ def _cache(args: argparse.Namespace) -> int:
     data, said = default_data(args.train_data_dir)
     print(f"Data: {data} ({said})", flush=True)
     tracks, problems = load_tracks(data, min_duration_s=args.min_duration_s)
-    pipeline = _load_pipeline(args, to_encode=True)
+    pipeline = load_pipeline(args, to_encode=True)
     cache = LatentCache(args.latent_cache_dir or cache_dir() / "latents", pipeline, text)
     cached, found = prepare_tracks(cache, tracks, max_duration_s=args.max_duration_s)
     problems += doubts_about_text(tracks, text) + found

@@ -1,16 +1,31 @@
-"""From a prompt to audio files: one request, or the same one with and without an adapter."""
+"""From a prompt, and perhaps audio, to waveforms: one request with one seed or several."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .data.audio import write_audio
+from .data.audio import SAMPLE_RATE, AudioError, probe_audio, read_audio, to_stereo, write_audio
 from .errors import UsageError
 from .pipeline import ACEStepPipeline
 from .prompt_fields import PromptFields
+
+# Tasks of the base model (`diffusers.pipelines.ace_step`): what each of them needs besides a prompt.
+TASKS = {
+    "text2music": "nothing but the prompt",
+    "cover": "the song of --src_audio in the style of the prompt",
+    "repaint": "a part of --src_audio anew",
+    "extract": "one track (--track_name) out of the mix of --src_audio",
+    "lego": "one more track (--track_name) for --src_audio",
+    "complete": "the tracks that --src_audio lacks (--track_classes)",
+}
+# The turbo models were distilled for these.
+TURBO_TASKS = ("text2music", "cover", "repaint")
+# What the model is trained for is 10 to 600 s; its silence buffer ends at 600 s.
+MAX_DURATION_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -44,22 +59,150 @@ class SamplingSettings:
         )
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is made, and of which audio.
+
+    `src_audio` and `reference_audio` (whose timbre is taken) are files of any rate and channel count; times are in
+    seconds, `repainting_end` None is the end; `audio_cover_strength` is in [0, 1].
+
+    Raises:
+        UsageError: unknown task, something that it needs is missing, or something that it has no use for is there.
+    """
+
+    task_type: str = "text2music"
+    src_audio: Path | None = None
+    reference_audio: Path | None = None
+    repainting_start: float | None = None
+    repainting_end: float | None = None
+    track_name: str | None = None
+    complete_track_classes: tuple[str, ...] = ()
+    audio_cover_strength: float = 1.0
+
+    def __post_init__(self):
+        task = self.task_type
+        if task not in TASKS:
+            raise UsageError(f"--task must be one of {', '.join(TASKS)}, not {task!r}.")
+        if (self.src_audio is None) != (task == "text2music"):
+            raise UsageError(
+                f"--task {task} needs --src_audio FILE."
+                if self.src_audio is None
+                else "--src_audio is for the other tasks than text2music: add --task, e.g. --task cover."
+            )
+        for flag, given, tasks in (
+            (
+                "repaint_start/--repaint_end",
+                (self.repainting_start, self.repainting_end) != (None, None),
+                ("repaint", "lego"),
+            ),
+            ("track_name", self.track_name is not None, ("extract", "lego")),
+            ("track_classes", bool(self.complete_track_classes), ("complete",)),
+            ("cover_strength", self.audio_cover_strength != 1.0, ("cover",)),
+        ):
+            if given and task not in tasks:
+                raise UsageError(f"--{flag} is for --task {' and '.join(tasks)}, not for {task}.")
+        if not 0 <= self.audio_cover_strength <= 1:
+            raise UsageError(f"--cover_strength must be in [0, 1], not {self.audio_cover_strength}.")
+        start, end = self.repainting_start or 0.0, math.inf if self.repainting_end is None else self.repainting_end
+        if not 0 <= start < end:
+            raise UsageError(f"--repaint_start {start:g} must not be negative, and lie before --repaint_end {end:g}.")
+
+    def source_duration_s(self) -> float | None:
+        """How long the source is, None without one; reads headers only.
+
+        Raises:
+            UsageError: an audio file can't be used, or the part to repaint lies behind its end.
+        """
+        for flag, path in (("reference_audio", self.reference_audio), ("src_audio", self.src_audio)):
+            if path is None:
+                continue
+            try:
+                duration_s = probe_audio(path).duration_s
+            except (AudioError, OSError) as error:
+                raise UsageError(f"--{flag} {path} can't be read: {error}.") from error
+            if flag == "src_audio" and not 1 <= duration_s <= MAX_DURATION_S:
+                raise UsageError(f"--src_audio {path} is {duration_s:.1f} s long; the model takes 1 to 600 s.")
+        if self.src_audio is None:
+            return None
+        if (self.repainting_start or 0.0) >= duration_s:
+            raise UsageError(f"--repaint_start {self.repainting_start:g} lies behind the source's {duration_s:.1f} s.")
+        return duration_s
+
+    def arguments(self, pipeline: ACEStepPipeline) -> dict:
+        """Arguments, by name, of `AceStepPipeline.__call__`, with the audio read.
+
+        Raises:
+            UsageError: a file can't be decoded.
+        """
+        given = {name: value for name, value in asdict(self).items() if value not in (None, ())}
+        if self.complete_track_classes:
+            given["complete_track_classes"] = list(self.complete_track_classes)
+        for flag in ("src_audio", "reference_audio"):
+            if flag in given:
+                given[flag] = _read_stereo(given[flag], flag, multiple=pipeline.vae.hop_length)
+        return given
+
+
+def _read_stereo(path: Path, flag: str, *, multiple: int) -> torch.Tensor:
+    """Stereo at 48 kHz `[2, samples]`, with silence after it up to a multiple of so many samples."""
+    try:
+        waveform = to_stereo(read_audio(path, sample_rate=SAMPLE_RATE))
+    except (AudioError, OSError) as error:
+        raise UsageError(f"--{flag} {path} can't be read: {error}.") from error
+    return torch.nn.functional.pad(torch.from_numpy(waveform), (0, -waveform.shape[1] % multiple))
+
+
 def generate(pipeline: ACEStepPipeline, fields: PromptFields, sampling: SamplingSettings) -> np.ndarray:
-    """Generate one clip.
+    """Generate one clip from text.
 
     Returns:
         float32 `[channels, samples]` at the VAE's rate (48 kHz), peak -1 dBFS. The noise comes from a CPU generator,
         so a seed names the same noise on every device.
     """
+    return generate_variations(pipeline, fields, sampling, seeds=[sampling.seed])[0]
+
+
+def generate_variations(
+    pipeline: ACEStepPipeline,
+    fields: PromptFields,
+    sampling: SamplingSettings,
+    *,
+    seeds: Sequence[int],
+    task: Task = Task(),  # noqa: B008 (frozen)
+    on_step: Callable[[], object] | None = None,
+) -> list[np.ndarray]:
+    """Generate one clip for each seed, in one batch; each is what its seed gives alone (up to rounding).
+
+    Args:
+        fields: with source audio its length counts, not that of the fields.
+        seeds: of the noise; `sampling`'s own is not used.
+        on_step: called after each denoising step.
+
+    Returns:
+        Of each seed float32 `[channels, samples]` as in `generate`, as long as the source, if there is one.
+    """
     sampling = sampling.resolved(is_turbo=pipeline.is_turbo)
+    duration_s = task.source_duration_s()
+    if duration_s is not None:
+        fields = replace(fields, audio_duration=duration_s)
+
+    def after_step(*_) -> None:
+        if on_step is not None:
+            on_step()
+
+    texts = {name: [getattr(fields, name)] * len(seeds) for name in ("prompt", "lyrics", "vocal_language")}
     audio = pipeline(
-        **asdict(fields),
+        **{**asdict(fields), **texts},
+        **task.arguments(pipeline),
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
         shift=sampling.shift,
-        generator=torch.Generator("cpu").manual_seed(sampling.seed),
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        callback_on_step_end=after_step,
     ).audios
-    return audio[0].float().cpu().numpy()
+    if duration_s is not None:
+        audio = audio[..., : round(duration_s * pipeline.sample_rate)]
+    return list(audio.float().cpu().numpy())
 
 
 def write_comparison(

@@ -42,6 +42,11 @@ DIT_PATTERNS = ("config.json", "model*.safetensors", WEIGHTS_INDEX_NAME, SILENCE
 # pass up to rounding.
 ENCODE_TILE_FRAMES = 125
 ENCODE_OVERLAP_FRAMES = 12
+# Decoding in tiles of 10 s, where diffusers takes 20 s and 2.6 s to either side: half the memory, a sixth less work. A
+# sample depends on fewer than 8 frames to either side (measured: with 8 the tiles equal one pass to 3e-7, with 4 they
+# are out by 2e-3).
+DECODE_TILE_FRAMES = 250
+DECODE_OVERLAP_FRAMES = 12
 
 # Of the VAE's posterior, where audio is an input.
 SOURCE_SEED = 0
@@ -97,6 +102,8 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
             hop = vae.hop_length
             vae.tile_sample_min_length = ENCODE_TILE_FRAMES * hop
             vae.tile_sample_overlap = ENCODE_OVERLAP_FRAMES * hop
+            vae.tile_latent_min_length = DECODE_TILE_FRAMES
+            vae.tile_latent_overlap = DECODE_OVERLAP_FRAMES
             vae.enable_tiling()
         if condition_encoder is not None and transformer is not None:
             # Only XL has a condition encoder narrower than its DiT.

@@ -67,3 +67,22 @@ def demo_dir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("demo") / "clips"
     render_demo_dataset(directory, duration_s=4.0)
     return directory
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(tiny_dir, tmp_path_factory) -> Path:
+    """An adapter of the tiny checkpoint that is heard."""
+    import torch
+
+    from acestep_pipeline import ACEStepPipeline
+    from acestep_pipeline.adapters import LoraSettings, add_lora, save_lora
+
+    transformer = ACEStepPipeline.from_pretrained(tiny_dir).transformer
+    add_lora(transformer, LoraSettings(r=4, lora_alpha=8.0), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    directory = tmp_path_factory.mktemp("adapter")
+    save_lora(transformer, directory)
+    return directory

@@ -1,19 +1,15 @@
 """From a prompt to audio files, and the commands `generate` and `tiny-checkpoint`."""
 
 import math
-import os
 import shutil
-import stat
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from acestep_pipeline import ACEStepPipeline, __version__
-from acestep_pipeline.adapters import LoraSettings, add_lora, save_lora
 from acestep_pipeline.cli import main
-from acestep_pipeline.data.audio import probe_audio, read_audio
+from acestep_pipeline.data.audio import read_audio
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.generation import SamplingSettings, generate, write_comparison
 from acestep_pipeline.prompt_fields import PromptFields
@@ -21,20 +17,6 @@ from acestep_pipeline.prompt_fields import PromptFields
 FIELDS = PromptFields(prompt="lo-fi hip hop", bpm=80, keyscale="A minor", timesignature="4", audio_duration=2.0)
 SAMPLING = SamplingSettings(num_inference_steps=2, seed=5)
 PEAK = 10 ** (-1 / 20)
-
-
-@pytest.fixture(scope="module")
-def adapter_dir(tiny_dir, tmp_path_factory) -> Path:
-    """An adapter that is heard."""
-    transformer = ACEStepPipeline.from_pretrained(tiny_dir).transformer
-    add_lora(transformer, LoraSettings(r=4, lora_alpha=8.0), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in transformer.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    directory = tmp_path_factory.mktemp("adapter")
-    save_lora(transformer, directory)
-    return directory
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,90 +93,13 @@ def test_comparison_writes_both_and_leaves_the_adapter_active(tiny_pipeline, ada
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command
+# Other commands
 
 
 def run(*argv) -> int:
     with pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in argv])
     return caught.value.code or 0
-
-
-def run_generate(output: Path, *argv) -> int:
-    model = ("--pretrained_model_name_or_path", "tiny", "--mixed_precision", "no", "--prompt", "lo-fi hip hop")
-    fast = ("--duration", "2", "--num_inference_steps", "2")
-    return run("generate", *model, *fast, "--output", output, *argv)
-
-
-@pytest.mark.parametrize(("suffix", "container"), [(".wav", "WAV/PCM_24"), (".flac", "FLAC/PCM_24")])
-def test_generate_writes_the_format_of_the_suffix(tmp_path, capsys, tiny_pipeline, suffix, container):
-    output = tmp_path / "new" / f"out{suffix}"
-    lyrics = tmp_path / "lyrics.txt"
-    lyrics.write_text("\ufeff[verse]\nGrüße aus Köln\n", encoding="utf-8")
-    fields = ("--bpm", "80", "--keyscale", "A minor", "--timesignature", "4", "--vocal_language", "de")
-    assert run_generate(output, *fields, "--lyrics", lyrics, "--seed", "5") == 0
-    info = probe_audio(output)
-    assert (info.format, info.sample_rate, info.channels, info.duration_s) == (container, 48_000, 2, 2.0)
-    written = read_audio(output)
-    assert np.abs(written).max() == pytest.approx(PEAK, abs=1e-5)
-    fields = PromptFields(**{**FIELDS.__dict__, "lyrics": "[verse]\nGrüße aus Köln", "vocal_language": "de"})
-    expected = generate(tiny_pipeline, fields, SAMPLING)
-    np.testing.assert_allclose(written, expected, rtol=0, atol=2**-22)
-    assert f"Wrote {output}" in capsys.readouterr().out
-    umask = os.umask(0)
-    os.umask(umask)
-    assert stat.S_IMODE(output.stat().st_mode) == 0o666 & ~umask
-
-
-def test_generate_compares_and_scales_the_adapter(tmp_path, adapter_dir):
-    base, full, half, zero = (tmp_path / f"{name}.wav" for name in ("base", "full", "half", "zero"))
-    adapter = tmp_path / "take:two"  # a colon of its own
-    adapter.symlink_to(adapter_dir)
-    assert run_generate(base) == 0
-    assert run_generate(full, "--adapter", adapter, "--compare") == 0
-    assert run_generate(half, "--adapter", f"{adapter}:0.5") == 0
-    assert run_generate(zero, "--adapter", f"{adapter}:0.0") == 0
-    written = sorted(path.name for path in tmp_path.glob("*.*"))
-    assert written == ["base.wav", "full.wav", "full_without_adapter.wav", "half.wav", "zero.wav"]
-    assert (tmp_path / "full_without_adapter.wav").read_bytes() == base.read_bytes()
-    assert np.array_equal(read_audio(zero), read_audio(base))
-    distances = [np.abs(read_audio(path) - read_audio(base)).mean() for path in (half, full)]
-    assert 0.001 < distances[0] < distances[1]
-
-
-@pytest.mark.parametrize(
-    ("name", "argv", "said"),
-    [
-        ("out.m4a", (), "--output"),
-        ("out", (), "--output"),
-        ("out.wav", ("--duration", "0"), "--duration"),
-        ("out.wav", ("--duration", "601"), "--duration"),
-        ("out.wav", ("--duration", "nan"), "--duration"),
-        ("out.wav", ("--num_inference_steps", "0"), "--num_inference_steps"),
-        ("out.wav", ("--shift", "-1"), "--shift"),
-        ("out.wav", ("--guidance_scale", "-1"), "--guidance_scale"),
-        ("out.wav", ("--bpm", "0"), "--bpm"),
-        ("out.wav", ("--compare",), "--compare needs --adapter"),
-        ("out.wav", ("--lyrics", "no-such-lyrics.txt"), "no-such-lyrics.txt"),
-        ("out.wav", ("--adapter", "./no-such-adapter"), "no-such-adapter"),
-        ("out.wav", ("--adapter", "./no-such-adapter:0.5"), "no-such-adapter"),
-        ("out.wav", ("--pretrained_model_name_or_path", "./no-such-model"), "no-such-model"),
-    ],
-)
-def test_wrong_usage_is_one_line_and_leaves_no_file(tmp_path, capfd, name, argv, said):
-    assert run_generate(tmp_path / name, *argv) == 2
-    stderr = capfd.readouterr().err
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert said in stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_path, capfd):
-    (tmp_path / "file").write_text("in the way")
-    assert run_generate(tmp_path / "file" / "out.wav", "--pretrained_model_name_or_path", "./no-such-model") == 2
-    stderr = capfd.readouterr().err
-    assert stderr.count("\n") == 1 and "--output" in stderr and "no-such-model" not in stderr
 
 
 def test_debug_shows_the_error_itself(tmp_path):
@@ -246,16 +151,3 @@ def test_cache_command_encodes_once_and_names_what_it_left_out(demo_dir, tmp_pat
     assert len(written) == 12, "latents and conditions of six tracks"
     assert run(*argv) == 0
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
-
-
-def test_generate_in_bf16(tmp_path, monkeypatch, tiny_pipeline):
-    """Forced here, where it is slow: every component must take what the one before it gives."""
-    from acestep_pipeline import hardware
-
-    monkeypatch.setattr(hardware, "bf16_is_fast", lambda device: True)
-    model = ("--pretrained_model_name_or_path", "tiny", "--prompt", "lo-fi hip hop")
-    argv = ("--duration", "2", "--num_inference_steps", "2", "--output", tmp_path / "bf16.wav")
-    assert run("generate", *model, *argv) == 0
-    assert run_generate(tmp_path / "fp32.wav") == 0
-    bf16, fp32 = (read_audio(tmp_path / name) for name in ("bf16.wav", "fp32.wav"))
-    assert 0 < np.abs(bf16 - fp32).max() and np.corrcoef(bf16[0], fp32[0])[0, 1] > 0.9

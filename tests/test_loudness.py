@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.signal import sosfilt, sosfreqz
 
-from acestep_pipeline.data.building.loudness import LoudnessMeter, integrated_loudness, k_weighting
+from acestep_pipeline.data.loudness import LoudnessMeter, integrated_loudness, k_weighting
 
 RATES = (44_100, 48_000)
 

@@ -198,6 +198,22 @@ def test_tiled_encoding_equals_one_pass(tiny_pipeline):
     torch.testing.assert_close(tiled.std, whole.std, rtol=0, atol=1e-4)
 
 
+def test_tiled_decoding_has_no_seam(tiny_pipeline):
+    vae = tiny_pipeline.vae
+    latents = torch.randn(1, 16, vae.tile_latent_min_length + 6, generator=torch.Generator().manual_seed(0))
+    overlap = vae.tile_latent_overlap
+    with torch.no_grad():
+        tiled = vae.decode(latents).sample
+        vae.tile_latent_overlap = 2
+        seamed = vae.decode(latents).sample
+        vae.tile_latent_overlap = overlap
+        vae.disable_tiling()
+        whole = vae.decode(latents).sample
+    assert tiled.shape == whole.shape and whole.std() > 0.1
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
+    assert (seamed - whole).abs().max() > 1e-3, "with too little overlap there is a seam to be seen"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The tiny checkpoint
 

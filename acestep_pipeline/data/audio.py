@@ -12,7 +12,7 @@ import io
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -182,12 +182,16 @@ def _mix(waveform: np.ndarray) -> np.ndarray:
     return waveform.mean(axis=0, keepdims=True, dtype=waveform.dtype)
 
 
-def write_audio(path: Path, waveform: np.ndarray, *, sample_rate: int = SAMPLE_RATE) -> None:
+def write_audio(
+    path: Path, waveform: np.ndarray, *, sample_rate: int = SAMPLE_RATE, tags: Mapping[str, str] | None = None
+) -> None:
     """Write a float waveform `[channels, samples]` in the format of `path`'s suffix, one of `AUDIO_SUFFIXES`.
 
-    wav, flac and aiff are 24-bit; ogg is Vorbis. Values beyond ±1 are clipped to ±1. The file appears under its name
-    only when complete. Raises `ValueError` on a wrong shape or dtype, NaN or infinite samples, or an unknown suffix,
-    `AudioError` where the codec refuses (Opus has five sample rates, MP3 nine), and `OSError` where the disk does.
+    wav, flac and aiff are 24-bit; ogg is Vorbis. Values beyond ±1 are clipped to ±1. `tags` are written into the file:
+    libsndfile's `title`, `artist`, `comment`, `software`, …; in an MP3, whose encoding libsndfile doesn't tell, only
+    those in ASCII. The file appears under its name only when complete. Raises `ValueError` on a wrong shape or dtype,
+    NaN or infinite samples, or an unknown suffix, `AudioError` where the codec refuses (Opus has five sample rates, MP3
+    nine), and `OSError` where the disk does.
     """
     path = Path(path)
     if path.suffix.lower() not in _WRITABLE:
@@ -201,6 +205,9 @@ def write_audio(path: Path, waveform: np.ndarray, *, sample_rate: int = SAMPLE_R
     encoded = io.BytesIO()
     try:
         with soundfile.SoundFile(encoded, "w", sample_rate, len(waveform), codec, format=container) as sound:
+            for name, text in (tags or {}).items():
+                if container != "MP3" or text.isascii():
+                    setattr(sound, name, text)
             # In blocks: libsndfile's Vorbis encoder overflows the stack on one long call.
             for start in range(0, waveform.shape[1], BLOCK_FRAMES):
                 block = waveform[:, start : start + BLOCK_FRAMES].T

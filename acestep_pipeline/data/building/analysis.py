@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 
 from ..audio import SAMPLE_RATE
+from ..loudness import LoudnessMeter
 from .fingerprint import Fingerprinter
-from .loudness import LoudnessMeter
 from .spectrum import bandwidth, cutoff, energy_spectrum
 
 Severity = Literal["error", "warning", "note"]

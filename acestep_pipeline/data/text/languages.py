@@ -25,6 +25,7 @@ _NAMES = {
     "vi": "vietnamese vie", "yue": "cantonese", "zh": "chinese zho chi cmn mandarin cn 中文",
     UNKNOWN: "und unk none n/a na auto instrumental zxx -",
 }  # fmt: skip
+LANGUAGES = frozenset(_NAMES)
 _CODES = {name: code for code, names in _NAMES.items() for name in names.split()}
 _REGION = re.compile(r"([a-z]{2,3})[-_][a-z0-9_-]+")
 _NOT_SUNG = re.compile(r"\[[^\]\n]*\]|<\d+:\d+[.:\d]*>")

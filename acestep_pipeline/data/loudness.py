@@ -126,3 +126,20 @@ def integrated_loudness(energies: np.ndarray) -> float | None:
     if not len(blocks):
         return None
     return float(-0.691 + 10 * np.log10(blocks[blocks > 0.1 * blocks.mean()].mean()))
+
+
+def normalise_loudness(
+    waveform: np.ndarray, *, sample_rate: int, target_lufs: float, peak: float
+) -> tuple[np.ndarray, float | None]:
+    """Scale float32 `[2, samples]` to a loudness, or less where its largest value would exceed `peak`.
+
+    Returns:
+        The sound, and its integrated loudness now: None of silence, which stays as it is.
+    """
+    meter = LoudnessMeter(sample_rate)
+    meter.add(waveform)
+    loudness = meter.result()
+    if loudness is None:
+        return waveform, None
+    gain = min(10 ** ((target_lufs - loudness) / 20), peak / np.abs(waveform).max())
+    return (waveform * gain).astype(np.float32), loudness + 20 * float(np.log10(gain))
