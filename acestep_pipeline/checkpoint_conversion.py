@@ -4,6 +4,7 @@ Original layout: `<dit>/config.json`, `<dit>/model.safetensors` (or shards with 
 `<dit>/silence_latent.pt` (`[1, 64, frames]`), with `vae/` and `Qwen3-Embedding-0.6B/` beside the DiT's folder.
 """
 
+import contextlib
 import json
 import pickle
 from collections.abc import Iterator
@@ -30,6 +31,12 @@ COMPONENT_PREFIXES = {
     "encoder.": "condition_encoder",
     "tokenizer.": "audio_tokenizer",
     "detokenizer.": "audio_token_detokenizer",
+}
+DIT_CLASSES = {
+    "transformer": AceStepTransformer1DModel,
+    "condition_encoder": AceStepConditionEncoder,
+    "audio_tokenizer": AceStepAudioTokenizer,
+    "audio_token_detokenizer": AceStepAudioTokenDetokenizer,
 }
 # Original module name -> diffusers module name, as whole path components.
 MODULE_RENAMES = {
@@ -221,12 +228,12 @@ def _iter_weights(dit: Path, names: bool = False) -> Iterator[tuple[str, object]
             raise UsageError(f"{dit / name} is damaged ({error}); download it again.") from error
 
 
-def load_dit_components(dit: Path, torch_dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Module]:
+def load_dit_components(dit: Path, torch_dtype: torch.dtype | None = torch.float32) -> dict[str, torch.nn.Module]:
     """Build the transformer, condition encoder, audio tokenizer and detokenizer from an original DiT folder.
 
     Args:
         dit: folder with `config.json`, weights and `silence_latent.pt`.
-        torch_dtype: dtype of the parameters.
+        torch_dtype: dtype of the parameters; None leaves them in that of the file, and mapped to it.
 
     Returns:
         The modules by pipeline component name, in eval mode, on the CPU.
@@ -236,21 +243,16 @@ def load_dit_components(dit: Path, torch_dtype: torch.dtype = torch.float32) -> 
     """
     config = _read_json(dit / "config.json")
     shapes = dict(_iter_weights(dit, names=True))
-    classes = {
-        "transformer": AceStepTransformer1DModel,
-        "condition_encoder": AceStepConditionEncoder,
-        "audio_tokenizer": AceStepAudioTokenizer,
-        "audio_token_detokenizer": AceStepAudioTokenDetokenizer,
-    }
-    state_dicts: dict[str, dict[str, torch.Tensor]] = {component: {} for component in classes}
+    state_dicts: dict[str, dict[str, torch.Tensor]] = {component: {} for component in DIT_CLASSES}
     for key, tensor in _iter_weights(dit):
         try:
             component, name = convert_key(key)
         except ValueError as error:
             raise UsageError(f"{dit} is not an ACE-Step 1.5 DiT: {error}.") from error
-        state_dicts[component][name] = tensor.to(torch_dtype)
+        state_dicts[component][name] = tensor if torch_dtype is None else tensor.to(torch_dtype)
     silence = _read_silence_latent(dit / SILENCE_LATENT_NAME)
-    state_dicts["condition_encoder"]["silence_latent"] = silence.to(torch_dtype)
+    parameter = next(iter(state_dicts["transformer"].values()), silence)
+    state_dicts["condition_encoder"]["silence_latent"] = silence.to(parameter.dtype)
 
     try:
         arguments_of = component_configs(config, shapes)
@@ -261,9 +263,9 @@ def load_dit_components(dit: Path, torch_dtype: torch.dtype = torch.float32) -> 
         if component.startswith("audio_") and not state_dicts[component]:
             continue
         with torch.device("meta"):
-            module = classes[component](**arguments)
+            module = DIT_CLASSES[component](**arguments)
         # Buffers that files don't hold (FSQ levels) must be real, so only parameters and persistent buffers are meta.
-        module = _materialise(module, classes[component], arguments)
+        module = _materialise(module, DIT_CLASSES[component], arguments)
         try:
             module.load_state_dict(state_dicts.pop(component), strict=True, assign=True)
         except RuntimeError as error:
@@ -284,20 +286,47 @@ def _materialise(module: torch.nn.Module, cls: type, arguments: dict) -> torch.n
     return cls(**arguments)
 
 
+def load_vae(folder: Path, torch_dtype: torch.dtype | None) -> AutoencoderOobleck:
+    """The VAE of an original-layout checkpoint, which is in diffusers' layout; None: in the dtype of its file."""
+    with _loading(folder):
+        return AutoencoderOobleck.from_pretrained(folder, dtype=torch_dtype or _stored_dtype(folder))
+
+
+def load_text_encoder(folder: Path, torch_dtype: torch.dtype | None) -> tuple[torch.nn.Module, object]:
+    """The text encoder and its tokenizer; None: in the dtype of its file."""
+    with _loading(folder):
+        return AutoModel.from_pretrained(folder, dtype=torch_dtype or "auto"), AutoTokenizer.from_pretrained(folder)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """That of the weights in a folder (diffusers has no "auto")."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                return file.get_tensor(name).dtype
+    raise OSError(f"there are no weights in {folder}")
+
+
+@contextlib.contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise UsageError(f"{folder} can't be loaded ({what}); download it again.") from error
+
+
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The pipeline computes the shifted sigmas itself; the scheduler takes them as they are."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
+
+
 def load_original(checkpoint: OriginalCheckpoint, *, torch_dtype: torch.dtype, vae_dtype: torch.dtype) -> dict:
     """All pipeline components of an original-layout checkpoint, as keyword arguments of the pipeline's class."""
     components = load_dit_components(checkpoint.dit, torch_dtype)
     components.setdefault("audio_tokenizer", None)
     components.setdefault("audio_token_detokenizer", None)
-    try:
-        folder = checkpoint.vae
-        components["vae"] = AutoencoderOobleck.from_pretrained(folder, torch_dtype=vae_dtype)
-        folder = checkpoint.text_encoder
-        components["text_encoder"] = AutoModel.from_pretrained(folder, dtype=torch_dtype)
-        components["tokenizer"] = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        what = " ".join(str(error).split())[:300]
-        raise UsageError(f"{folder} can't be loaded ({what}); download it again.") from error
-    # The pipeline computes the shifted sigmas itself; the scheduler takes them as they are.
-    components["scheduler"] = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
+    components["vae"] = load_vae(checkpoint.vae, vae_dtype)
+    components["text_encoder"], components["tokenizer"] = load_text_encoder(checkpoint.text_encoder, torch_dtype)
+    components["scheduler"] = build_scheduler()
     return components

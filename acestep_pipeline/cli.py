@@ -57,6 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "tiny-checkpoint", "write the embedded toy checkpoint to a folder", _tiny_checkpoint)
     command.add_argument("directory", type=Path, help="a new folder")
 
+    command = _command(
+        commands, "convert-checkpoint", "write a checkpoint of the original layout in diffusers' layout", _convert
+    )
+    command.add_argument("source", help="a folder in the original layout, or a Hub id")
+    command.add_argument("directory", type=Path, help="a new folder")
+    command.add_argument("--variant_dir", help="which DiT of several, e.g. acestep-v15-base")
+    command.add_argument("--revision", help="branch, tag or commit on the Hub")
+
     command = _command(commands, "dataset", "build a dataset from folders of music", None)
     actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
     _add_build_arguments(_command(actions, "build", "read, check and pack folders of audio", _dataset_build))
@@ -156,6 +164,21 @@ def _tiny_checkpoint(args: argparse.Namespace) -> int:
         f"Wrote {directory} ({size_bytes(directory) / 1e6:.1f} MB, random weights: for trying things, not for music)"
     )
     print(f"Next: accelerate launch train_ace_step_lora.py --preset smoke --pretrained_model_name_or_path {directory}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .checkpoint_conversion import OriginalCheckpoint
+    from .checkpoint_writing import write_diffusers_checkpoint
+    from .pipeline import resolve_checkpoint
+    from .tiny_checkpoint import size_bytes
+
+    source = resolve_checkpoint(args.source, variant_dir=args.variant_dir, revision=args.revision)
+    if not isinstance(source, OriginalCheckpoint):
+        raise UsageError(f"{args.source} is in diffusers' layout already ({source}): there is nothing to convert.")
+    directory = write_diffusers_checkpoint(source, args.directory)
+    print(f"Wrote {directory} ({size_bytes(directory) / 1e9:.2f} GB)")
+    print(f"Next: acestep-lora generate --pretrained_model_name_or_path {shlex.quote(str(directory))} --prompt …")
     return 0
 
 

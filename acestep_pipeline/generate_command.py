@@ -35,7 +35,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     g.add_argument("--timesignature", choices=("2", "3", "4", "6"), help="beats in a bar")
     g = command.add_argument_group("adapters")
     g.add_argument("--adapter", action="append", default=[], metavar="NAME[:WEIGHT]",
-                   help="any trainer's: folder, file, Hub id, s3://…; jazz:0.8 weighs it; repeat it to add more")  # fmt: skip
+                   help="any trainer's: folder, file, Hub id, s3://…; jazz:0.8 weighs it; repeatable")  # fmt: skip
     g.add_argument("--compare", action="store_true", help="write the same without the adapters too")
     g = command.add_argument_group("tasks with audio", "of any rate and channel count; lengths are in seconds")
     g.add_argument("--task", default="text2music", help="text2music, cover (--src_audio in another style), repaint (a "

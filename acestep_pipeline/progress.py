@@ -1,6 +1,7 @@
 """Progress bars that suit a terminal and a log file alike."""
 
 import contextlib
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,18 +16,26 @@ def progress_bar(**arguments) -> tqdm:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence the bars that diffusers and transformers draw for a loading of seconds, and torch's deprecation of the
-    `weight_norm` that diffusers' Oobleck uses. Downloads keep their bars."""
+    """Silence the bars that diffusers and transformers draw for a loading of seconds, torch's deprecation of the
+    `weight_norm` that diffusers' Oobleck uses, and diffusers' wonder at the `timestep_mu` and `timestep_sigma` in a
+    converted DiT's config, which training reads. Downloads keep their bars."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in libraries:
         library.disable_progress_bar()
+    configs = diffusers_logging.get_logger("diffusers.configuration_utils")
+    configs.addFilter(_is_of_interest)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)
             yield
     finally:
+        configs.removeFilter(_is_of_interest)
         for library in libraries:
             library.enable_progress_bar()
+
+
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    return "timestep_mu" not in record.getMessage()

@@ -209,7 +209,7 @@ def test_tiled_decoding_has_no_seam(tiny_pipeline):
         vae.tile_latent_overlap = overlap
         vae.disable_tiling()
         whole = vae.decode(latents).sample
-    assert tiled.shape == whole.shape and whole.std() > 0.1
+    assert tiled.shape == whole.shape and whole.std() > 0.05
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
     assert (seamed - whole).abs().max() > 1e-3, "with too little overlap there is a seam to be seen"
 

@@ -190,8 +190,8 @@ def write_audio(
     wav, flac and aiff are 24-bit; ogg is Vorbis. Values beyond ±1 are clipped to ±1. `tags` are written into the file:
     libsndfile's `title`, `artist`, `comment`, `software`, …; in an MP3, whose encoding libsndfile doesn't tell, only
     those in ASCII. The file appears under its name only when complete. Raises `ValueError` on a wrong shape or dtype,
-    NaN or infinite samples, or an unknown suffix, `AudioError` where the codec refuses (Opus has five sample rates, MP3
-    nine), and `OSError` where the disk does.
+    NaN or infinite samples, or an unknown suffix, `AudioError` where the codec refuses (Opus has five sample rates,
+    MP3 nine), and `OSError` where the disk does.
     """
     path = Path(path)
     if path.suffix.lower() not in _WRITABLE:
