@@ -6,8 +6,8 @@ The flagship script trains the tiny checkpoint on rendered clips. Half of the ki
 time (`kill -9`), half strike at a random operation on a file of the run (opening, renaming, removing), so that the
 writing of checkpoints, of metrics and of the final report is hit often. After each kill the run goes on with
 `--resume_from_checkpoint latest`; after a few of them it is left to finish, and its adapter, its last checkpoint, its
-metrics (without times), its validation losses, its best adapter and its samples must be those of the reference, to the
-byte.
+metrics (without times), its validation losses, its best adapter, its effect and its samples must be those of the
+reference, to the byte.
 
 Every start is a process of its own, forked from one that has imported the libraries, which would else be most of the
 time.
@@ -134,7 +134,8 @@ def result(output: Path) -> dict[str, bytes]:
 
     lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(output / "metrics.jsonl")]
     kept = [path for part in ("samples/*.wav", "checkpoint-*/*", "best/*.safetensors") for path in output.glob(part)]
-    files = [output / "pytorch_lora_weights.safetensors", output / "validation.jsonl", *kept]
+    names = ("pytorch_lora_weights.safetensors", "validation.jsonl", "effect.json")
+    files = [*(output / name for name in names), *kept]
     contents = {str(path.relative_to(output)): path.read_bytes() for path in files}
     leftovers = {str(path.relative_to(output)): b"" for path in output.rglob(".partial*")}
     return {"metrics.jsonl": json.dumps(lines).encode(), **contents, **leftovers}

@@ -84,7 +84,7 @@ def test_a_level_but_noisy_curve_is_no_overfitting():
 def test_the_run_at_a_negligible_rate_had_no_effect():
     verdict = judge_recorded("does nothing")
     assert (verdict.verdict, verdict.use) == (effect.NO_EFFECT, effect.BASE)
-    assert "--learning_rate" in verdict.next and "the update is 0.01 of" in verdict.why
+    assert "--learning_rate" in verdict.next and "the update is 1 % of" in verdict.why
 
 
 def test_without_held_out_tracks_learning_is_called_memory():
@@ -162,8 +162,9 @@ def test_noise_alone_is_seldom_called_overfitting():
         (compared(0.3, 0.2, 0.4), compared(-0.9, -0.8), effect.WORSE, "held-out tracks rose"),
         (compared(0.3, 0.2, 0.4), compared(0.9, 0.8, 0.9), effect.WORSE, "on training tracks as well"),
         (compared(-0.3, 0.2, 0.4), compared(-0.9, -0.8), effect.NO_EFFECT, "it is memory"),
-        (compared(-0.3, 0.2, -0.4), compared(-0.9, 0.8), effect.NO_EFFECT, "differ too much"),
-        (compared(-0.001, -0.0011), compared(-0.001, -0.0011), effect.NO_EFFECT, "the update is 0.01 of"),
+        (compared(-0.3, 0.2, -0.4), compared(-0.9, 0.8), effect.NO_EFFECT, "too few, or differ too much"),
+        (compared(-0.2, -0.4), compared(-0.9, -0.8), effect.NO_EFFECT, "too few, or differ too much"),
+        (compared(-0.001, -0.0011), compared(-0.001, -0.0011), effect.NO_EFFECT, "the update is 1 % of"),
         (compared(np.nan, -0.1), compared(-0.9, -0.8), effect.WORSE, "not a finite number"),
         (None, compared(0.9, 0.8), effect.WORSE, "rose"),
         (compared(-0.3), compared(-0.9), effect.LEARNED, "one track, 2 draws"),

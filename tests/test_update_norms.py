@@ -84,7 +84,7 @@ def test_groups_are_taken_together_and_the_largest_named(tmp_path):
     )
     assert group_by(norms, "block") == pytest.approx({0: 0.3, 1: (7 / 400) ** 0.5, None: 0.1})
     assert describe_update(norms) == (
-        "16.83% of the adapted weights' norm; most in self_attn.to_out (20.00%) and in block 0 (30.00%)"
+        "16.8 % of the adapted weights' norm; most in self_attn.to_out (20 %) and in block 0 (30 %)"
     )
     draw_update_norms(norms, tmp_path / "norms.png")
     assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")

@@ -22,7 +22,8 @@ def validations(output):
 def ended_as(output):
     """All that must be the same for two runs to have ended the same."""
     best = output / "best" / WEIGHTS
-    return (output / WEIGHTS).read_bytes(), best.read_bytes(), metrics(output), validations(output)
+    effect = (output / "effect.json").read_bytes()
+    return (output / WEIGHTS).read_bytes(), best.read_bytes(), metrics(output), validations(output), effect
 
 
 def test_progress_counts_validations_without_gain():

@@ -16,6 +16,12 @@ from .validation_loss import LossMeter
 from .validator import DEFAULT_COST, PASSES_OF_AN_ITEM
 
 
+def percent(share: float, *, signed: bool = True) -> str:
+    """A share for a person: three digits and a sign."""
+    digits = f"{100 * share:.3g}" if abs(share) < 10 else f"{100 * share:.0f}"
+    return f"{'+' if signed and share >= 0 else ''}{digits} %"
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean and its 95 % confidence interval, infinitely wide where one value is all there is."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from .comparison import Comparison
+from .comparison import Comparison, percent
 
 NO_EFFECT = "no measurable effect"
 LEARNED = "learned"
@@ -178,16 +178,16 @@ def judge(
         why = f"the loss on {on} rose: {describe_change(judged)}"
         return verdict(WORSE, why, use=_best_or_base(curve), advice="A lower --learning_rate, or more tracks.")
     why, advice = _no_effect(judged, trained_on, held_out, update_size)
-    return verdict(NO_EFFECT, why, use=FINAL if held_out is None else BASE, advice=advice)
+    return verdict(NO_EFFECT, why, use=FINAL if change.mean <= -smallest else BASE, advice=advice)
 
 
 def describe_change(comparison: Comparison) -> str:
     """The numbers of a comparison, for a person."""
     change, base = comparison.change, comparison.loss_without
     number, draws = comparison.without.shape
-    text = f"loss {base:.4f} without the adapter, {comparison.loss_with:.4f} with it ({change.mean / base:+.2%}"
+    text = f"loss {base:.4f} without the adapter, {comparison.loss_with:.4f} with it ({percent(change.mean / base)}"
     if np.isfinite(change.low):
-        text += f", 95 % interval {change.low / base:+.2%} to {change.high / base:+.2%}"
+        text += f", 95 % interval {percent(change.low / base)} to {percent(change.high / base)}"
     over = f"{number} tracks, {draws} draws each" if number > 1 else f"one track, {draws} draws"
     return f"{text}; {over})"
 
@@ -202,8 +202,9 @@ def _why_overfitted(curve: Curve, trained_on: Comparison) -> str:
         f"validation loss rose from its lowest, {curve.best_loss:.4f} ({lowest}), to {curve.last_loss:.4f} at update "
         f"{curve.last_update}; without the adapter it is {curve.base:.4f}"
     )
+    tracks = percent(curve.share_of_tracks, signed=False)
     return (
-        f"{text}. It rose in {curve.share_of_tracks:.0%} of the tracks, and the curve's noise is {curve.noise:.4f}. "
+        f"{text}. It rose in {tracks} of the tracks, and the curve's noise is {curve.noise:.4f}. "
         f"On training tracks: {describe_change(trained_on)}"
     )
 
@@ -213,8 +214,8 @@ def _advice_if_overfitted(curve: Curve) -> str:
     if curve.best_update == 0:
         return f"No update beat the base model on held-out tracks: {more}."
     return (
-        f"best/ is the adapter of update {curve.best_update}; next time --early_stopping_patience 3 ends the run. To "
-        f"get further: {more}."
+        f"best/ is the adapter of update {curve.best_update}; next time fewer updates, or --early_stopping_patience 3."
+        f" To get further: {more}."
     )
 
 
@@ -244,14 +245,15 @@ def _no_effect(
     judged: Comparison, trained_on: Comparison, held_out: Comparison | None, update_size: float
 ) -> tuple[str, str]:
     """Why there is none, and what to do: nothing was learned, only memory, or too few tracks to tell."""
-    size = f"the update is {update_size:.2g} of the adapted weights' norm"
+    size = f"the update is {percent(update_size, signed=False)} of the adapted weights' norm"
     change, base = judged.change, judged.loss_without
     on = "training tracks'" if held_out is None else "held-out tracks'"
     remembered = trained_on.change.mean <= -MIN_EFFECT * trained_on.loss_without and trained_on.change.high < 0
-    if held_out is not None and remembered:
+    large = abs(change.mean) >= MIN_EFFECT * base
+    if held_out is not None and remembered and not (large and change.mean < 0):
         why = f"{on} {describe_change(judged)}, while on training tracks {describe_change(trained_on)}: it is memory"
         return why, "More tracks, or held-out tracks of the same style; check that the tags describe both alike."
-    if abs(change.mean) >= MIN_EFFECT * base:
-        why = f"{on} {describe_change(judged)}: they differ too much to call that an effect"
+    if large:
+        why = f"{on} {describe_change(judged)}: they are too few, or differ too much, to tell that from chance"
         return why, f"Hold out or train on more tracks, so that it can be told; or {LEARN_MORE}."
     return f"{on} {describe_change(judged)}; {size}", f"Make it learn more: {LEARN_MORE}."

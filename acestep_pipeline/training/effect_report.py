@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..plots import plot_update_norms
-from .comparison import Comparison, Measured
+from .comparison import Comparison, Interval, Measured, percent
 from .effect import Verdict
 from .style_distance import StyleDistance, describe_style
 from .update_norms import ModuleNorm, group_by, relative_norm
@@ -99,8 +99,8 @@ def describe_update(norms: tuple[ModuleNorm, ...]) -> str:
     kind, block = (max(groups, key=groups.get) for groups in (kinds, blocks))
     place = "outside the blocks" if block is None else f"in block {block}"
     return (
-        f"{relative_norm(norms):.2%} of the adapted weights' norm; most in {kind} ({kinds[kind]:.2%}) and {place} "
-        f"({blocks[block]:.2%})"
+        f"{percent(relative_norm(norms), signed=False)} of the adapted weights' norm; most in {kind} "
+        f"({percent(kinds[kind], signed=False)}) and {place} ({percent(blocks[block], signed=False)})"
     )
 
 
@@ -151,14 +151,15 @@ def _describe_style(style: StyleDistance | str) -> str:
     return style if isinstance(style, str) else describe_style(style)
 
 
-def _row(name: str, without: float, change) -> str:
-    interval = f"{change.low / without:+.2%} to {change.high / without:+.2%}" if np.isfinite(change.low) else "unknown"
-    return f"| {name} | {without:.4f} | {without + change.mean:.4f} | {change.mean / without:+.2%} | {interval} |"
+def _row(name: str, without: float, change: Interval) -> str:
+    ends = (percent(end / without) for end in (change.low, change.high))
+    interval = " to ".join(ends) if np.isfinite(change.low) else "unknown"
+    return f"| {name} | {without:.4f} | {without + change.mean:.4f} | {percent(change.mean / without)} | {interval} |"
 
 
 def _by_timestep(comparison: Comparison) -> str:
     return ", ".join(
-        f"{_span(timesteps)} {change.mean / without:+.2%}"
+        f"{_span(timesteps)} {percent(change.mean / without)}"
         for timesteps, (without, change) in zip(comparison.timesteps, comparison.change_by_bin(), strict=True)
     )
 

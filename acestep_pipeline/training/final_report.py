@@ -85,8 +85,9 @@ def write_final_report(
             samples = write_samples(pipeline, prompts, **sampling, directory=output_dir / SAMPLES_DIR)
         if style_clips:
             style = measure_style(pipeline, tracks, clips=style_clips, duration_s=duration_s, **sampling)
-    metrics = [line for line in read_metrics(output_dir / METRICS_NAME) if line["loss"] is not None]
-    verdict = _write_effect(output_dir, metrics, measured, style)
+    written = read_metrics(output_dir / METRICS_NAME)
+    metrics = [line for line in written if line["loss"] is not None]
+    verdict = _write_effect(output_dir, metrics, measured, style, updates=written[-1]["update"])
     model = checkpoint["pretrained_model_name_or_path"]
     with naming_failed_writes(output_dir, CARD_NAME):
         write_model_card(
@@ -122,7 +123,7 @@ def write_final_report(
 
 
 def _write_effect(
-    output_dir: Path, metrics: list[dict], measured: Measured, style: StyleDistance | str | None
+    output_dir: Path, metrics: list[dict], measured: Measured, style: StyleDistance | str | None, *, updates: int
 ) -> Verdict:
     """Judge what was measured, and write `effect.json` and the pictures of the loss and of the update."""
     path = output_dir / VALIDATION_NAME
@@ -132,7 +133,7 @@ def _write_effect(
         plot_loss(metrics, output_dir / PLOT_NAME, validations=validations, best_update=verdict.since_update)
     with naming_failed_writes(output_dir, NORMS_PLOT_NAME):
         draw_update_norms(measured.norms, output_dir / NORMS_PLOT_NAME)
-    record = effect_record(measured, verdict, style, updates=metrics[-1]["update"])
+    record = effect_record(measured, verdict, style, updates=updates)
     with naming_failed_writes(output_dir, EFFECT_NAME):
         write_text(output_dir / EFFECT_NAME, json.dumps(record, indent=1) + "\n")
     return verdict
