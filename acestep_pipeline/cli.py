@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from . import doctor, generate_command
+from . import adapters_command, doctor, generate_command
 from .errors import UsageError, one_sentence_errors
 from .model_arguments import add_model_arguments, load_pipeline
 from .paths import cache_dir, default_data
@@ -68,6 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "dataset", "build a dataset from folders of music", None)
     actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
     _add_build_arguments(_command(actions, "build", "read, check and pack folders of audio", _dataset_build))
+
+    command = _command(commands, "adapters", "convert adapters, look at one, add several up", None)
+    actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
+    adapters_command.add_arguments(actions, _command)
 
     command = _command(commands, "doctor", "check this machine and say how to fix what is wrong", doctor.run)
     doctor.add_arguments(command)

@@ -37,7 +37,8 @@ audio = pipe({{ prompt }}, audio_duration=60).audios
 ```
 
 `acestep_pipeline.ACEStepPipeline` takes the original checkpoint layout as well:
-`acestep-lora generate --adapter DIR --prompt "..." --output out.wav`.
+`acestep-lora generate --adapter DIR --prompt "..." --output out.wav`. The same adapter for other programs: `peft/` for
+the official trainer and app, Side-Step and PEFT; `comfyui/` for ComfyUI's `models/loras`.
 {% if note %}
 {{ note }}
 {% endif %}

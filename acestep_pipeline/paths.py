@@ -17,6 +17,11 @@ from .errors import UsageError
 HUB_CHECKPOINT = "ACE-Step/acestep-v15-base"
 # diffusers' own name for an adapter's file.
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+# PEFT's names, and the folders of an adapter directory that hold its other formats.
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_CONFIG_NAME = "adapter_config.json"
+PEFT_DIR, COMFYUI_DIR = "peft", "comfyui"
+COMFYUI_ENDING = "_comfyui.safetensors"
 DATA_FOLDERS = ("/data", "./data")
 _NO_DATA_FOLDERS = " and no ".join(DATA_FOLDERS)
 GIB = 1024**3

@@ -46,12 +46,15 @@ def plot_loss(
     _save(figure, path)
 
 
-def plot_update_norms(rows: list[str], columns: list[str], values: np.ndarray, path: Path) -> None:
-    """Draw a heat map of the relative norms of updates.
+def plot_update_norms(
+    rows: list[str], columns: list[str], values: np.ndarray, path: Path, *, relative: bool = True
+) -> None:
+    """Draw a heat map of the norms of updates.
 
     Args:
         rows, columns: what they are of: blocks, and kinds of layers.
         values: `[rows, columns]`, ||dW|| / ||W||; NaN where no layer was adapted.
+        relative: False: they are ||dW|| alone.
     """
     size = (2.5 + 0.8 * len(columns), 2.5 + 0.28 * len(rows))
     figure, axis = pyplot.subplots(figsize=size, dpi=110, layout="constrained")
@@ -63,9 +66,10 @@ def plot_update_norms(rows: list[str], columns: list[str], values: np.ndarray, p
     if len(rows) <= 12:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
+                shown = f"{value:.1%}" if relative else f"{value:.3g}"
                 color = "black" if value > 0.6 * highest else "white"
-                axis.text(column, row, f"{value:.1%}", ha="center", va="center", color=color, fontsize=7)
-    figure.colorbar(image, label="norm of update / of weight", format=lambda value, _: f"{value:.3g}")
+                axis.text(column, row, shown, ha="center", va="center", color=color, fontsize=7)
+    figure.colorbar(image, label="norm of update" + " / of weight" * relative, format=lambda value, _: f"{value:.3g}")
     _save(figure, path)
 
 

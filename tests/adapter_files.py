@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 from tests.original_layout import original_name
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# How LyCORIS (and ai-toolkit) factorise the widths of the tiny model's attention: near the root, the smaller first.
+FACTORS = {64: (8, 8), 32: (4, 8)}
 Deltas = dict[str, torch.Tensor]
 
 
@@ -117,6 +119,9 @@ PEFT_CONFIGS: dict[str, Callable] = {
     "official trainer": lora,
     "only v and o": lambda: lora(target_modules=["v_proj", "o_proj"]),
     "only mlp": lambda: lora(target_modules=["gate_proj", "up_proj", "down_proj"]),
+    "outside the blocks too": lambda: lora(
+        target_modules=["q_proj", "condition_embedder", "time_embed.linear_1", "time_embed_r.time_proj"]
+    ),
     "rslora": lambda: lora(use_rslora=True, lora_alpha=6),
     "dora": lambda: lora(use_dora=True),
     "patterns": lambda: lora(
@@ -216,7 +221,7 @@ def ai_toolkit(transformer: torch.nn.Module, directory: Path, network: str = "lo
         key, weight = f"diffusion_model.decoder.{original}", layer.weight.detach()
         out, inputs = weight.shape
         if network == "lokr":
-            (a, b), (c, d) = (8, out // 8), (8, inputs // 8)
+            (a, b), (c, d) = FACTORS[out], FACTORS[inputs]
             w1, alpha, rank = _random(generator, a, c).half(), 4.0, 2
             tensors[f"{key}.lokr_w1"] = w1
             if index % 2:
@@ -289,9 +294,7 @@ def lycoris(transformer: torch.nn.Module, directory: Path, algo: str = "lokr") -
         out, inputs = weight.shape
         rank, alpha = 3, 5.0
         if algo.startswith("lokr"):
-            outs, ins = (
-                ((8, out // 8), (4, inputs // 4)) if "unbalanced" in algo else ((4, out // 4), (8, inputs // 8))
-            )
+            outs, ins = FACTORS[out][:: -1 if "unbalanced" in algo else 1], FACTORS[inputs]
             first, w1 = _factors(generator, (outs[0], ins[0]), rank if "both" in algo else None)
             second, w2 = _factors(generator, (outs[1], ins[1]), None if "full" in algo else rank)
             tensors |= {f"{key}.lokr_w1{end}": part for end, part in first.items()}

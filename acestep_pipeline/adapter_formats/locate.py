@@ -9,21 +9,19 @@ import torch
 
 from ..errors import UsageError
 from ..hub import download, list_files, looks_like_path
-from ..paths import LORA_WEIGHTS_NAME
+from ..paths import COMFYUI_DIR, LORA_WEIGHTS_NAME, PEFT_CONFIG_NAME, PEFT_DIR, PEFT_WEIGHTS_NAME
 from ..storage import is_remote, local_copy
 from .read import read_adapter
 from .record import Adapter
 from .tensor_files import PICKLE_SUFFIXES, from_state_dict, open_tensors, pickle_error
 
-PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
-PEFT_CONFIG_NAME = "adapter_config.json"
 # What a folder is searched for, in this order: diffusers and ours; PEFT, and where the official trainer and ours put
 # it; Side-Step's LyCORIS files.
 _KNOWN_NAMES = (
     LORA_WEIGHTS_NAME,
     PEFT_WEIGHTS_NAME,
     f"adapter/{PEFT_WEIGHTS_NAME}",
-    f"peft/{PEFT_WEIGHTS_NAME}",
+    f"{PEFT_DIR}/{PEFT_WEIGHTS_NAME}",
     "lokr_weights.safetensors",
     "loha_weights.safetensors",
 )
@@ -132,7 +130,9 @@ def choose_file(
         if name in inside:
             return below + name
     files = sorted(name for name in inside if name.endswith(".safetensors"))
-    files = [name for name in files if "/" not in name] or [name for name in files if name.startswith("comfyui/")]
+    files = [name for name in files if "/" not in name] or [
+        name for name in files if name.startswith(f"{COMFYUI_DIR}/")
+    ]
     if len(files) == 1:
         return below + files[0]
     if files:

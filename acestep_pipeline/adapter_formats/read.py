@@ -1,6 +1,7 @@
 """An adapter file of any format -> the record, with every doubt about it said before a layer is touched."""
 
 import json
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -104,8 +105,10 @@ def _doubt(what: str, *, strict: bool) -> None:
     warnings.warn(f"the adapter is doubtful: {what}.", stacklevel=4)
 
 
-def _in_order(name: str) -> list:
-    return [int(part) if part.isdigit() else part for part in name.replace("layers.", "").split(".")][:1] + [name]
+def _in_order(name: str) -> tuple[int, str]:
+    """Blocks by their numbers, after what is outside of them."""
+    match = re.match(r"layers\.(\d+)\.", name)
+    return (int(match[1]) if match else -1), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from ..adapter_formats.write import comfyui_name, export
 from ..data.latent_cache import CachedTrack
 from ..files import write_text
 from ..model_card import write_model_card
-from ..paths import LORA_WEIGHTS_NAME
+from ..paths import COMFYUI_DIR, LORA_WEIGHTS_NAME, PEFT_DIR
 from ..pipeline import ACEStepPipeline
 from ..plots import plot_loss
 from ..prompt_fields import PromptFields
@@ -55,7 +56,8 @@ def write_final_report(
     style_clips: int | None,
     duration_s: float,
 ) -> str:
-    """Generate the samples with the adapter in `output_dir`, judge and draw what it does, and write the model card.
+    """Write the adapter in `output_dir` for other programs, generate samples with it, judge and draw what it does, and
+    write the model card.
 
     Args:
         output_dir: the run's directory, with adapter and metrics.
@@ -76,6 +78,8 @@ def write_final_report(
     Returns:
         What to tell the user: the result, where it is, and the next command.
     """
+    with naming_failed_writes(output_dir, PEFT_DIR):
+        export(output_dir, name=name, base_model=str(checkpoint["pretrained_model_name_or_path"]))
     samples, style = [], None
     if prompts or style_clips:
         pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype).to(device)
@@ -110,6 +114,7 @@ def write_final_report(
         f"Mean loss of the first tenth of the updates {start:.4f}, of the last tenth {end:.4f}.",
         *effect_lines(measured, verdict, style),
         f"  adapter        {output_dir / LORA_WEIGHTS_NAME}",
+        f"  other formats  {output_dir / PEFT_DIR}, {output_dir / COMFYUI_DIR / comfyui_name(name)}",
     ]
     for sample in samples:
         lines.append(f"  with adapter   {output_dir / sample['with_adapter']}")

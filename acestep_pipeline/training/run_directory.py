@@ -14,7 +14,15 @@ from safetensors import SafetensorError
 
 from ..errors import RunError, UsageError
 from ..files import sha256, write_text
-from ..paths import LORA_WEIGHTS_NAME, probe_writable
+from ..paths import (
+    COMFYUI_DIR,
+    COMFYUI_ENDING,
+    LORA_WEIGHTS_NAME,
+    PEFT_CONFIG_NAME,
+    PEFT_DIR,
+    PEFT_WEIGHTS_NAME,
+    probe_writable,
+)
 from .manifest import MANIFEST_NAME, find_damage
 
 METRICS_NAME = "metrics.jsonl"
@@ -80,7 +88,9 @@ def _run_files(output_dir: Path) -> list[Path]:
 def _all_files(output_dir: Path) -> list[Path]:
     """What a run may write beside its checkpoints and samples, whether it is there or not."""
     others = (*REPORT_NAMES, VALIDATION_NAME, f"{BEST_DIR}/{LORA_WEIGHTS_NAME}")
-    return [*_run_files(output_dir), *(output_dir / name for name in others)]
+    exported = (f"{PEFT_DIR}/{PEFT_WEIGHTS_NAME}", f"{PEFT_DIR}/{PEFT_CONFIG_NAME}")
+    named = output_dir.glob(f"{COMFYUI_DIR}/*{COMFYUI_ENDING}")
+    return [*_run_files(output_dir), *(output_dir / name for name in (*others, *exported)), *named]
 
 
 def clear_run(output_dir: Path) -> None:
@@ -91,7 +101,7 @@ def clear_run(output_dir: Path) -> None:
     samples = output_dir / SAMPLES_DIR
     for file in (*_all_files(output_dir), *samples.glob("sample-*_with*_adapter.wav")):
         file.unlink(missing_ok=True)
-    for folder in (samples, output_dir / BEST_DIR):
+    for folder in (samples, *(output_dir / name for name in (BEST_DIR, PEFT_DIR, COMFYUI_DIR))):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
@@ -142,8 +152,9 @@ def _clear_half_written(output_dir: Path) -> None:
     for file in _all_files(output_dir):
         for partial in file.parent.glob(f"{PARTIAL_PREFIX}{file.name}*"):
             shutil.rmtree(partial)
-    for partial in output_dir.glob(f"{SAMPLES_DIR}/{PARTIAL_PREFIX}sample-*"):
-        shutil.rmtree(partial)
+    for pattern in (f"{SAMPLES_DIR}/{PARTIAL_PREFIX}sample-*", f"{COMFYUI_DIR}/{PARTIAL_PREFIX}*{COMFYUI_ENDING}-*"):
+        for partial in output_dir.glob(pattern):
+            shutil.rmtree(partial)
 
 
 def mark_finished(output_dir: Path, command: dict) -> None:
