@@ -143,6 +143,7 @@ def train(args: argparse.Namespace) -> None:
         lora=settings.lora_settings(args),
         base_quantization=args.base_quantization,
         gradient_checkpointing=args.gradient_checkpointing_ratio if args.gradient_checkpointing else 0.0,
+        offload=args.offload,
         seed=args.seed,
     )
     transformer, tracks, facts = inputs.transformer, inputs.tracks, inputs.facts

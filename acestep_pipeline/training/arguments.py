@@ -108,6 +108,7 @@ def _add_memory_arguments(g) -> None:
     g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="compute activations again instead of keeping them: far less memory, about a third slower")
     g.add_argument("--gradient_checkpointing_ratio", type=float, default=1.0, help="do so in this share of the blocks only: more memory, less time")
     g.add_argument("--base_quantization", choices=tuple(QUANTIZATION_PACKAGES), default="none", help="keep the frozen base in 4 bits (nf4) or 8 (int8; fp8 is coarser); the adapter is an ordinary one [quantization]")
+    g.add_argument("--offload", action=argparse.BooleanOptionalAction, default=False, help="keep the frozen base in the host's memory, two blocks of it at a time on the GPU: the same adapter, slower where an update is quicker than the transfer (acestep-lora estimate says so)")
 
 
 def _add_validation_arguments(g) -> None:

@@ -40,6 +40,16 @@ def check_quantization_hardware(method: str, device: "torch.device", *, sharded:
         )
 
 
+def check_offload_hardware(device: "torch.device", *, sharded: bool) -> None:
+    """Raise `UsageError` if the base can't come from the host's memory to `device`, or is to be `sharded`."""
+    if device.type not in ("cuda", "cpu"):
+        raise UsageError(f"--offload is for CUDA devices, and this is {device.type}, which shares the host's memory.")
+    if sharded:
+        raise UsageError(
+            "--offload works with one process or DDP; FSDP and DeepSpeed offload by settings of their own."
+        )
+
+
 def num_checkpointed_blocks(num_blocks: int, ratio: float) -> int:
     """How many blocks a share in [0, 1] is, rounded up."""
     return math.ceil(num_blocks * ratio)

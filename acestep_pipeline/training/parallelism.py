@@ -15,6 +15,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from ..errors import RunError
 from .launch import uses_deepspeed, uses_fsdp
+from .offload import is_offloaded
 from .optimization import sum_gradients
 from .processes import COLLECTIVE_TIMEOUT
 from .zero2 import WholeState
@@ -70,7 +71,8 @@ class Parallelism:
 
     def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         """The model to call and the optimizer to step; the adapter's parameters stay the tensors that they are."""
-        return self.accelerator.prepare(transformer, optimizer)
+        placement = [False, True] if is_offloaded(transformer) else None  # None: accelerate moves all
+        return self.accelerator.prepare(transformer, optimizer, device_placement=placement)
 
     def can_repeat(self, error: RuntimeError) -> bool:
         """Whether `error` says that memory ran out, and the update can be divided anew."""

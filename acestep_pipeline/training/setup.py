@@ -27,7 +27,8 @@ from ..hardware import bf16_is_fast, default_device
 from ..pipeline import ACEStepPipeline
 from ..quantization import leave_base_out_of_ddp, quantize_base
 from .launch import uses_deepspeed
-from .memory import check_quantization_hardware, enable_gradient_checkpointing
+from .memory import check_offload_hardware, check_quantization_hardware, enable_gradient_checkpointing
+from .offload import BlockOffloading
 from .parallelism import fsdp_plugin, join_processes
 from .processes import check_same_everywhere, gather_lists, local_share
 
@@ -100,6 +101,7 @@ def prepare_inputs(
     lora: LoraSettings,
     base_quantization: str,
     gradient_checkpointing: float,
+    offload: bool,
     seed: int,
 ) -> TrainingInputs:
     """Read the tracks, load the model, add the adapter, fill the cache, and let go of every frozen encoder.
@@ -110,6 +112,7 @@ def prepare_inputs(
         latent_cache_dir: where latents and conditions are kept.
         text: in which words tracks are told.
         gradient_checkpointing: in what share of the blocks.
+        offload: keep the frozen weights of the blocks in the host's memory.
         The others are the script's flags.
 
     Raises:
@@ -119,6 +122,8 @@ def prepare_inputs(
     device, weight_dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     check_quantization_hardware(base_quantization, device, sharded=sharded)
+    if offload:
+        check_offload_hardware(device, sharded=sharded)
     tracks, held_out, problems = load_train_and_held_out(
         train_data_dir,
         dataset_name=dataset_name,
@@ -145,7 +150,7 @@ def prepare_inputs(
     quantize_base(pipeline.transformer, base_quantization, device=device)
     # Before the cache is filled, so that a wrong target fails early.
     lora_parameters = add_lora(pipeline.transformer, lora, seed=seed)
-    if base_quantization != "none":
+    if base_quantization != "none" or offload:
         leave_base_out_of_ddp(pipeline.transformer)
     pipeline.move_encoders(device)
     cache = LatentCache(latent_cache_dir, pipeline, text)
@@ -155,6 +160,10 @@ def prepare_inputs(
     )
     if gradient_checkpointing:
         enable_gradient_checkpointing(pipeline.transformer, gradient_checkpointing)
+    if offload:
+        BlockOffloading(pipeline.transformer, device)
+        if device.type == "cpu":
+            accelerator.print("warning: --offload saves nothing on a CPU, whose memory the base lies in anyway.")
     inputs = TrainingInputs(
         transformer=pipeline.transformer.train(),
         condition_mask=ConditionMask(pipeline.transformer),
