@@ -91,6 +91,7 @@ def train(args: argparse.Namespace) -> None:
     from acestep_pipeline.training.final_report import write_final_report
     from acestep_pipeline.training.health import NanGuard
     from acestep_pipeline.training.interruption import Interruption, interrupted
+    from acestep_pipeline.training.memory import samples_one_by_one
     from acestep_pipeline.training.parallelism import choose_parallelism
     from acestep_pipeline.training.processes import check_same_everywhere
     from acestep_pipeline.training.validation import choose_prompts
@@ -382,6 +383,7 @@ def train(args: argparse.Namespace) -> None:
         checkpoint=checkpoint_source,
         device=device,
         weight_dtype=weight_dtype,
+        one_by_one=samples_one_by_one(args.base_quantization, offload=args.offload),
         prompts=choose_prompts(
             [track.windows[0].fields for track in tracks],
             prompt=args.validation_prompt and text.with_trigger(args.validation_prompt),

@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data", "--train_data_dir", help="folder of audio; unset: $ACESTEP_DATA, else /data, else ./data"
     )
     command.add_argument("--gpu", help="e.g. 'RTX 3060', h100; unset: all known ones")
+    command.add_argument("--num_processes", type=int, default=1, help="how many of that GPU (default: 1)")
     command.add_argument("--config", choices=("2b", "xl"), help="the model's size; unset: the checkpoint's")
     command.add_argument(
         "--pretrained_model_name_or_path", help="a folder's own shape is read; of a Hub id only the name counts"

@@ -1,5 +1,7 @@
 """`acestep-lora estimate`, as it is typed."""
 
+import re
+
 import pytest
 
 from acestep_pipeline.cli import main
@@ -54,6 +56,38 @@ def test_each_memory_preset_fits_its_gpu_with_its_longest_windows(preset, gpu, c
                          "--min_duration_s", 1)  # fmt: skip
     assert status == 0 and "It fits" in out and "Not yet measured on GPUs" in out, out
     assert f"1 x {load_preset(preset)['max_duration_s']} s" in out
+
+
+def test_the_largest_passes_that_fit_are_taken_and_more_gpus_share_them(capsys, demo_dir, monkeypatch):
+    """Six windows of 60 s in an update: all in one pass where there is memory, fewer where there is not."""
+    monkeypatch.setattr("acestep_pipeline.estimation.estimate.crop_frames", lambda *rest: 25 * 60)
+    flags = ("--data", demo_dir, "--min_duration_s", 1, "--config", "2b", "--preset", "c")
+    flags += ("--effective_batch_size", 6, "--num_validation_samples", 0)
+    for gpu, others, size in (("h100", (), 6), ("rtx 4090", (), 3), ("rtx 4090", ("--num_processes", 6), 1),
+                              ("rtx 3070", (), 1)):  # fmt: skip
+        _, out, _ = say(capsys, *flags, "--gpu", gpu, *others)
+        assert f"forward passes of up to {size} x 60 s)" in out, out
+    assert say(capsys, *flags, "--gpu", "h100", "--num_processes", 0)[0] == 2
+    times = [
+        float(re.search(r"Time: ([\d.]+) s", say(capsys, *flags, "--gpu", "rtx 3090", "--num_processes", n)[1])[1])
+        for n in (1, 2)
+    ]
+    assert 1.7 < times[0] / times[1] < 2, "two take turns, and add their gradients"
+
+
+def test_what_else_is_kept_and_done_counts(capsys, demo_dir):
+    flags = ("--data", demo_dir, "--min_duration_s", 1, "--config", "2b", "--gpu", "rtx 4090", "--rank", 64)
+
+    def part(name, *others):
+        return float(re.search(rf"{name} +([\d.]+)", say(capsys, *flags, *others)[1])[1])
+
+    assert part("adapter  ", "--ema_decay", 0.999) == pytest.approx(2 * part("adapter  "), abs=0.011)
+    base = part("base weights")
+    assert 0.25 * base > part("base weights", "--offload") > 0.02 * base
+    assert part("Samples at the end:", "--offload") < part("Samples at the end:") - 2
+    assert "validations" not in say(capsys, *flags)[1]
+    _, out, _ = say(capsys, *flags, "--validation_fraction", 0.4, "--offload")
+    assert " and 2 held out" in out and "validations " in out and "of the 31.5 GB/s of its PCI Express" in out
 
 
 def test_every_memory_preset_is_tried_above():

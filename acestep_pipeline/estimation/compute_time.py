@@ -16,6 +16,8 @@ from .memory_use import Adapter, Batch, Precision, block_bytes
 MATMUL_EFFICIENCY = 0.45
 BANDWIDTH_EFFICIENCY = 0.75
 CONVOLUTION_EFFICIENCY = 0.3
+# And of the link to the host, from pinned memory.
+HOST_LINK_EFFICIENCY = 0.8
 # Every saved byte of an activation is written once and read once, and about as many pass through elementwise
 # operations in each direction.
 PASSES_OVER_ACTIVATIONS = 4
@@ -127,6 +129,11 @@ def pass_seconds(work: Work, gpu: Gpu, precision: Precision) -> float:
     computing = work.flops / (peak * 1e12 * MATMUL_EFFICIENCY)
     moving = work.bytes_moved / (gpu.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
     return max(computing + moving, work.kernels * KERNEL_LAUNCH_S)
+
+
+def host_seconds(size_bytes: float, gpu: Gpu) -> float:
+    """Time to move so many bytes between the host and the GPU, in one direction."""
+    return size_bytes / (gpu.host_gb_s * 1e9 * HOST_LINK_EFFICIENCY)
 
 
 def move_seconds(size_bytes: float, gpu: Gpu) -> float:

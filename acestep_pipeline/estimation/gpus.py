@@ -20,6 +20,7 @@ class Gpu:
             then runs in float32).
         fp32_tflops: float32 throughput outside the tensor cores.
         bandwidth_gb_s: memory bandwidth, 10^9 bytes a second.
+        host_gb_s: what its PCI Express link carries in one direction, 10^9 bytes a second.
         source: the publication to check the figures against.
     """
 
@@ -28,40 +29,43 @@ class Gpu:
     bf16_tflops: float | None
     fp32_tflops: float
     bandwidth_gb_s: float
+    host_gb_s: float
     source: str
 
 
 _AMPERE, _ADA = "NVIDIA Ampere GA102 whitepaper", "NVIDIA Ada whitepaper"
 _AMPERE_SPEC, _ADA_SPEC = "NVIDIA's specification page, whitepaper ratios", "NVIDIA's specification page, Ada ratios"
 _BLACKWELL = "NVIDIA RTX Blackwell whitepaper"
+# PCI Express by generation and lanes, 128b/130b encoding taken off (PCI-SIG's specifications).
+_GEN3_X16, _GEN4_X8, _GEN4_X16, _GEN5_X16 = 15.8, 15.8, 31.5, 63.0
 # Figures published with structured sparsity are halved here. GeForce cards multiply bfloat16 with float32 accumulation
 # at twice their float32 rate.
 GPUS = (
-    Gpu("RTX 3060 12GB", 12, 25.6, 12.7, 360, _AMPERE_SPEC),
-    Gpu("RTX 3070 8GB", 8, 40.6, 20.3, 448, _AMPERE),
-    Gpu("RTX 3080 10GB", 10, 59.5, 29.8, 760, _AMPERE),
-    Gpu("RTX 3090 24GB", 24, 71.0, 35.6, 936, _AMPERE),
-    Gpu("RTX 4060 8GB", 8, 30.2, 15.1, 272, _ADA_SPEC),
-    Gpu("RTX 4060 Ti 16GB", 16, 44.1, 22.1, 288, _ADA_SPEC),
-    Gpu("RTX 4070 12GB", 12, 58.3, 29.1, 504, _ADA_SPEC),
-    Gpu("RTX 4080 16GB", 16, 97.5, 48.7, 717, _ADA),
-    Gpu("RTX 4090 24GB", 24, 165.2, 82.6, 1008, _ADA),
-    Gpu("RTX 5080 16GB", 16, 112.6, 56.3, 960, _BLACKWELL),
-    Gpu("RTX 5090 32GB", 32, 209.5, 104.8, 1792, _BLACKWELL),
-    Gpu("RTX A4000 16GB", 16, 76.7, 19.2, 448, "NVIDIA RTX A4000 datasheet"),
-    Gpu("RTX A5000 24GB", 24, 111.1, 27.8, 768, "NVIDIA RTX A5000 datasheet"),
-    Gpu("RTX A6000 48GB", 48, 154.8, 38.7, 768, "NVIDIA RTX A6000 datasheet"),
-    Gpu("T4 16GB", 16, None, 8.1, 320, "NVIDIA T4 datasheet"),
-    Gpu("A10 24GB", 24, 125.0, 31.2, 600, "NVIDIA A10 datasheet"),
-    Gpu("A40 48GB", 48, 149.7, 37.4, 696, "NVIDIA A40 datasheet"),
-    Gpu("L4 24GB", 24, 121.0, 30.3, 300, "NVIDIA L4 datasheet"),
-    Gpu("L40S 48GB", 48, 362.0, 91.6, 864, "NVIDIA L40S datasheet"),
-    Gpu("A100 40GB", 40, 312.0, 19.5, 1555, "NVIDIA A100 datasheet"),
-    Gpu("A100 80GB", 80, 312.0, 19.5, 2039, "NVIDIA A100 datasheet"),
-    Gpu("H100 PCIe 80GB", 80, 756.0, 51.0, 2000, "NVIDIA H100 datasheet"),
-    Gpu("H100 SXM 80GB", 80, 989.0, 67.0, 3350, "NVIDIA H100 datasheet"),
-    Gpu("H200 141GB", 141, 989.0, 67.0, 4800, "NVIDIA H200 datasheet"),
-    Gpu("B200 180GB", 180, 2250.0, 75.0, 8000, "NVIDIA DGX B200 datasheet"),
+    Gpu("RTX 3060 12GB", 12, 25.6, 12.7, 360, _GEN4_X16, _AMPERE_SPEC),
+    Gpu("RTX 3070 8GB", 8, 40.6, 20.3, 448, _GEN4_X16, _AMPERE),
+    Gpu("RTX 3080 10GB", 10, 59.5, 29.8, 760, _GEN4_X16, _AMPERE),
+    Gpu("RTX 3090 24GB", 24, 71.0, 35.6, 936, _GEN4_X16, _AMPERE),
+    Gpu("RTX 4060 8GB", 8, 30.2, 15.1, 272, _GEN4_X8, _ADA_SPEC),
+    Gpu("RTX 4060 Ti 16GB", 16, 44.1, 22.1, 288, _GEN4_X8, _ADA_SPEC),
+    Gpu("RTX 4070 12GB", 12, 58.3, 29.1, 504, _GEN4_X16, _ADA_SPEC),
+    Gpu("RTX 4080 16GB", 16, 97.5, 48.7, 717, _GEN4_X16, _ADA),
+    Gpu("RTX 4090 24GB", 24, 165.2, 82.6, 1008, _GEN4_X16, _ADA),
+    Gpu("RTX 5080 16GB", 16, 112.6, 56.3, 960, _GEN5_X16, _BLACKWELL),
+    Gpu("RTX 5090 32GB", 32, 209.5, 104.8, 1792, _GEN5_X16, _BLACKWELL),
+    Gpu("RTX A4000 16GB", 16, 76.7, 19.2, 448, _GEN4_X16, "NVIDIA RTX A4000 datasheet"),
+    Gpu("RTX A5000 24GB", 24, 111.1, 27.8, 768, _GEN4_X16, "NVIDIA RTX A5000 datasheet"),
+    Gpu("RTX A6000 48GB", 48, 154.8, 38.7, 768, _GEN4_X16, "NVIDIA RTX A6000 datasheet"),
+    Gpu("T4 16GB", 16, None, 8.1, 320, _GEN3_X16, "NVIDIA T4 datasheet"),
+    Gpu("A10 24GB", 24, 125.0, 31.2, 600, _GEN4_X16, "NVIDIA A10 datasheet"),
+    Gpu("A40 48GB", 48, 149.7, 37.4, 696, _GEN4_X16, "NVIDIA A40 datasheet"),
+    Gpu("L4 24GB", 24, 121.0, 30.3, 300, _GEN4_X16, "NVIDIA L4 datasheet"),
+    Gpu("L40S 48GB", 48, 362.0, 91.6, 864, _GEN4_X16, "NVIDIA L40S datasheet"),
+    Gpu("A100 40GB", 40, 312.0, 19.5, 1555, _GEN4_X16, "NVIDIA A100 datasheet"),
+    Gpu("A100 80GB", 80, 312.0, 19.5, 2039, _GEN4_X16, "NVIDIA A100 datasheet"),
+    Gpu("H100 PCIe 80GB", 80, 756.0, 51.0, 2000, _GEN5_X16, "NVIDIA H100 datasheet"),
+    Gpu("H100 SXM 80GB", 80, 989.0, 67.0, 3350, _GEN5_X16, "NVIDIA H100 datasheet"),
+    Gpu("H200 141GB", 141, 989.0, 67.0, 4800, _GEN5_X16, "NVIDIA H200 datasheet"),
+    Gpu("B200 180GB", 180, 2250.0, 75.0, 8000, _GEN5_X16, "NVIDIA DGX B200 datasheet"),
 )
 
 

@@ -94,6 +94,14 @@ def base_bytes(transformer: AceStepTransformer1DModel, method: str, precision: P
     return total
 
 
+def moving_bytes(transformer: AceStepTransformer1DModel, method: str, precision: Precision) -> int:
+    """Bytes of a block's weights that `--offload` moves: its linear layers', quantised or not."""
+    linears = block_linears(transformer).values()
+    size = BYTES_PER_LAYER.get(method, lambda out, into: out * into * precision.weight)
+    total = sum(size(linear.out_features, linear.in_features) for linear in linears)
+    return math.ceil(total / len(transformer.layers))
+
+
 def block_bytes(config, adapter: Adapter, batch: Batch, precision: Precision) -> int:
     """What one block keeps for its backward pass.
 
@@ -200,6 +208,8 @@ def predict_update(
     base_quantization: str,
     gradient_checkpointing: float,
     optimizer: str,
+    offload: bool = False,
+    ema: bool = False,
 ) -> dict[str, int]:
     """Bytes of tensors at the peak of an update, by part.
 
@@ -207,11 +217,16 @@ def predict_update(
         transformer: of the model's shape and without the adapter; the meta device will do.
         gradient_checkpointing: the share of the blocks that are checkpointed.
         optimizer: a name of `optimizers.OPTIMIZERS`.
+        offload: whether only two blocks of the base are there at a time.
+        ema: whether an average of the adapter is kept besides.
     """
     config, trained = transformer.config, adapter.num_parameters
+    base = base_bytes(transformer, base_quantization, precision)
+    if offload:
+        base -= max(0, config.num_hidden_layers - 2) * moving_bytes(transformer, base_quantization, precision)
     return {
-        "base weights": base_bytes(transformer, base_quantization, precision),
-        "adapter": 4 * trained,
+        "base weights": base,
+        "adapter": 4 * trained * (2 if ema else 1),
         "gradients": 4 * trained,
         "optimizer": math.ceil(OPTIMIZERS[optimizer].state_bytes * trained),
         "activations": activation_bytes(config, adapter, batch, precision, gradient_checkpointing),

@@ -45,6 +45,7 @@ def write_final_report(
     checkpoint: dict,
     device: torch.device,
     weight_dtype: torch.dtype,
+    one_by_one: bool,
     prompts: list[PromptFields],
     example_prompt: str,
     num_inference_steps: int | None,
@@ -64,6 +65,7 @@ def write_final_report(
         name: title of the card.
         checkpoint: arguments of `ACEStepPipeline.from_pretrained` that name the base model.
         device, weight_dtype: where and in what precision to generate.
+        one_by_one: whether the pipeline's models take turns on the device; on a CPU this makes no difference.
         prompts: what to generate, with and without the adapter; may be empty.
         example_prompt: for the card and the next command.
         num_inference_steps: denoising steps, None for the variant's default.
@@ -82,8 +84,12 @@ def write_final_report(
         export(output_dir, name=name, base_model=str(checkpoint["pretrained_model_name_or_path"]))
     samples, style = [], None
     if prompts or style_clips:
-        pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype).to(device)
+        pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype)
         pipeline.load_lora_weights(output_dir, strict=False)  # a run of one update may not have changed anything yet
+        if one_by_one and device.type != "cpu":
+            pipeline.enable_model_cpu_offload(device=device)
+        else:
+            pipeline.to(device)
         sampling = {"num_inference_steps": num_inference_steps, "seed": seed}
         with naming_failed_writes(output_dir, SAMPLES_DIR):
             samples = write_samples(pipeline, prompts, **sampling, directory=output_dir / SAMPLES_DIR)

@@ -50,6 +50,12 @@ def check_offload_hardware(device: "torch.device", *, sharded: bool) -> None:
         )
 
 
+def samples_one_by_one(base_quantization: str, *, offload: bool) -> bool:
+    """Whether the samples at the end are generated with one model on the device at a time: where the run itself saves
+    on the base, since they are of the original one, as a user will hear it."""
+    return base_quantization != "none" or offload
+
+
 def num_checkpointed_blocks(num_blocks: int, ratio: float) -> int:
     """How many blocks a share in [0, 1] is, rounded up."""
     return math.ceil(num_blocks * ratio)

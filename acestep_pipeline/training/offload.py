@@ -84,6 +84,13 @@ def is_offloaded(transformer: torch.nn.Module) -> bool:
     return hasattr(transformer, "block_offloading")
 
 
+def bring_weights(transformer: torch.nn.Module, name: str) -> None:
+    """Before layer `name` is read outside of a forward pass: have its block on the device, if it comes and goes."""
+    parts = name.split(".")
+    if is_offloaded(transformer) and parts[0] == "layers":
+        transformer.block_offloading.bring(int(parts[1]))
+
+
 class BlockOffloading:
     """Streams the blocks of a transformer: the one that is computed and the next one are on the device.
 
@@ -123,6 +130,10 @@ class BlockOffloading:
     def _before_backward(self, index: int) -> None:
         self.backward_of = index
         self._bring(index, then=index - 1)
+
+    def bring(self, index: int) -> None:
+        """Have block `index` on the device, and no other."""
+        self._bring(index, then=index)
 
     def _bring(self, index: int, *, then: int) -> None:
         """Have block `index` on the device, start copying block `then` if there is such a one, and no other."""

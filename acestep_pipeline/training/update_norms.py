@@ -16,6 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch.distributed.tensor import DTensor
 
+from .offload import bring_weights
+
 
 @dataclass(frozen=True)
 class ModuleNorm:
@@ -65,6 +67,7 @@ def measure_update_norms(transformer: torch.nn.Module) -> tuple[ModuleNorm, ...]
         if not isinstance(layer, BaseTunerLayer):
             continue
         (adapter,) = layer.active_adapters
+        bring_weights(transformer, name)
         weight = dequantize_module_weight(layer.get_base_layer()).detach()
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
