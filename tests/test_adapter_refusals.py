@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AceStepTransformer1DModel
 from safetensors.torch import load_file, save_file
 
 from acestep_pipeline.errors import UsageError
@@ -258,3 +259,38 @@ def test_other_kinds_of_another_size(tiny_pipeline, tmp_path):
         with pytest.raises(UsageError, match="inputs|outputs|magnitudes") as caught:
             tiny_pipeline.load_lora_weights(tensors)
         assert "\n" not in str(caught.value), kind
+
+
+def test_an_adapter_for_xl_on_the_2b_model_and_the_other_way_round():
+    """By their real shapes (no weights are needed for that)."""
+    from acestep_pipeline.adapter_formats.install import layer_shapes
+    from acestep_pipeline.adapter_formats.locate import load_adapter
+
+    with torch.device("meta"):
+        base = layer_shapes(AceStepTransformer1DModel())
+        xl = layer_shapes(AceStepTransformer1DModel(hidden_size=2560, num_attention_heads=32, num_hidden_layers=32))
+    for own, other, said in (
+        (xl, base, "an adapter for XL on a 2 B"),
+        (base, xl, "an adapter for the 2 B model on XL"),
+    ):
+        name = "layers.0.self_attn.to_k"
+        (outputs, inputs), key = own[name], f"transformer.{name}.lora"
+        tensors = {f"{key}_A.weight": torch.ones(2, inputs), f"{key}_B.weight": torch.ones(outputs, 2)}
+        assert load_adapter(tensors, layer_shapes=own).modules.keys() == {name}
+        with pytest.raises(ValueError, match=said) as caught:
+            load_adapter(tensors, layer_shapes=other)
+        assert f"{outputs} outputs and {inputs} inputs" in str(caught.value)
+
+
+def test_a_base_in_4_bits_takes_loras_alone(tiny_pipeline, tmp_path):
+    from acestep_pipeline.quantization import quantize_base
+
+    lokr = lycoris(tiny_pipeline.transformer, tmp_path / "lokr")
+    plain = comfyui(tiny_pipeline.transformer, tmp_path / "lora")
+    quantize_base(tiny_pipeline.transformer, "nf4", device=torch.device("cpu"))
+    before = velocity(tiny_pipeline)
+    with pytest.raises(UsageError, match="packed in 4 bits, to which only a LoRA or DoRA can be added"):
+        tiny_pipeline.load_lora_weights(lokr.source)
+    assert torch.equal(velocity(tiny_pipeline), before)
+    tiny_pipeline.load_lora_weights(plain.source)
+    assert not torch.equal(velocity(tiny_pipeline), before)

@@ -4,6 +4,7 @@ import itertools
 
 import torch
 from peft import LoHaConfig, LoKrConfig, inject_adapter_in_model
+from peft.utils.integrations import dequantize_module_weight
 
 from .deltas import delta_weight, needs_base
 from .peft_configs import loha_config, lokr_config, lora_config
@@ -72,8 +73,15 @@ def install_factors(transformer: torch.nn.Module, adapter: Adapter, adapter_name
     LoKr and LoHa go into PEFT's layers of their names with the file's own factors, whatever their shapes. All else (an
     OFT, magnitudes on a LoKr, kinds side by side) becomes the difference of each weight, held by a LoKr layer whose w1
     is 1: as large as the layer, and scaled like any other.
+
+    Raises:
+        ValueError: the base is packed in 4 bits, where PEFT has no other kind than LoRA.
     """
     transformer = getattr(transformer, "_orig_mod", transformer)
+    for name in adapter.modules:
+        layer = base_layer(transformer.get_submodule(name))
+        if tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
+            raise ValueError("this base is packed in 4 bits, to which only a LoRA or DoRA can be added")
     kinds = {weights.kind for weights in adapter.modules.values()}
     if kinds == {"loha"} and not any(needs_base(weights) for weights in adapter.modules.values()):
         config = LoHaConfig(**loha_config(adapter))
@@ -97,7 +105,8 @@ def _as_lokr(transformer: torch.nn.Module, name: str, adapter: Adapter) -> Modul
     if weights.kind == "lora" and not needs_base(weights):
         factors = {"lokr_w1": one, "lokr_w2_a": weights.tensors["lora_B"], "lokr_w2_b": weights.tensors["lora_A"]}
         return ModuleWeights("lokr", factors, weights.rank, weights.scale * weights.rank)
-    base = base_layer(transformer.get_submodule(name)).weight
+    # A quantised base counts as what it stands for.
+    base = dequantize_module_weight(base_layer(transformer.get_submodule(name)))
     delta = delta_weight(weights, base.detach().cpu(), config=adapter.config)
     return ModuleWeights("lokr", {"lokr_w1": one, "lokr_w2": delta})
 
