@@ -21,10 +21,10 @@ from .adapter_formats.locate import locate
 from .adapter_shelves import list_adapters, read_manifest
 from .adapter_weights import ActiveAdapters, Weight, loaded_adapters
 from .errors import UsageError
-from .files import write_text
+from .files import sha256, write_text
 from .paths import cache_dir
 from .pipeline import ACEStepPipeline
-from .training.manifest import MANIFEST_NAME, sha256
+from .release_manifest import MANIFEST_NAME
 
 
 class AdapterLibrary:

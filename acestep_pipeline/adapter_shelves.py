@@ -1,6 +1,5 @@
 """Where an adapter library's adapters lie: a folder, a bucket or repositories of the Hub, as names and addresses."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -12,9 +11,9 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from .adapter_formats.locate import choose_file
 from .errors import UsageError
 from .hub import download, looks_like_path
-from .s3 import parse_address
-from .storage import is_remote, list_objects, local_copy
-from .training.manifest import MANIFEST_NAME
+from .release_manifest import MANIFEST_NAME, parse_manifest
+from .s3_listing import list_names
+from .storage import is_remote, local_copy
 
 # The end of a collection's slug: `owner/title-<24 hexadecimal digits>`.
 _COLLECTION = re.compile(r"(?:https://huggingface\.co/collections/)?([^/\s]+/[^/\s]+-[0-9a-f]{24})")
@@ -56,10 +55,9 @@ def _in_folder(root: Path) -> dict[str, str]:
 
 
 def _in_bucket(url: str) -> dict[str, str]:
-    _, prefix = parse_address(url)
     inside: dict[str, list[str]] = {}
-    for file in list_objects(url):
-        folder, slash, name = file.key.removeprefix(prefix).partition("/")
+    for file in list_names(url):
+        folder, slash, name = file.partition("/")
         inside.setdefault(folder, []).append(name if slash else "")
     root = url.rstrip("/")
     return {
@@ -107,10 +105,8 @@ def read_manifest(address: str) -> tuple[Path, dict[str, str]]:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return folder, {}
-    try:
-        return folder, {entry["file"]: entry["sha256"] for entry in json.loads(path.read_text("utf-8"))["files"]}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"the {MANIFEST_NAME} of {address} can't be read ({type(error).__name__}).") from error
+    manifest = parse_manifest(path.read_bytes(), f"the {MANIFEST_NAME} of {address}")
+    return folder, {file.file: file.sha256 for file in manifest.files}
 
 
 def _manifest_folder(address: str) -> Path:

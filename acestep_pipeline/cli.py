@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from . import adapters_command, doctor, generate_command
+from . import adapters_command, doctor, generate_command, storage_command
 from .errors import UsageError, one_sentence_errors
 from .model_arguments import add_model_arguments, load_pipeline
 from .paths import cache_dir, default_data
@@ -73,6 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "adapters", "convert adapters, look at one, add several up", None)
     actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
     adapters_command.add_arguments(actions, _command)
+
+    command = _command(commands, "storage", "publish, fetch and check folders on S3 or a shared disk", None)
+    actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
+    storage_command.add_arguments(actions, _command)
 
     command = _command(commands, "doctor", "check this machine and say how to fix what is wrong", doctor.run)
     doctor.add_arguments(command)

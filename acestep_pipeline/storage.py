@@ -23,12 +23,11 @@ from .errors import UsageError
 from .files import write_text
 from .paths import cache_dir, free_space_bytes, probe_writable
 from .progress import progress_bar
-from .s3 import LARGE_BYTES, RemoteFile, fetch, list_folder, open_client, parse_address, s3_errors, shown
+from .s3 import LARGE_BYTES, RemoteFile, fetch, open_client, parse_address, s3_errors, shown
+from .s3_listing import PULL_FOLDER, list_files
 
 # Requests in flight: at ~10 ms for each, enough that small files don't wait for one another.
 NUM_WORKERS = 8
-# What a pull keeps in the folder: index.json, a lock, and partial/ with the downloads under way.
-PULL_FOLDER = ".ace-step-pull"
 
 _INDEX_INTERVAL_S = 2.0
 
@@ -36,16 +35,6 @@ _INDEX_INTERVAL_S = 2.0
 def is_remote(location: str) -> bool:
     """Whether a location is an `s3://` address rather than a path."""
     return str(location).startswith("s3://")
-
-
-def list_objects(url: str) -> list[RemoteFile]:
-    """Every object under `s3://bucket/prefix`, taken as a folder (`a` does not take `ab/`), in the order of the keys.
-
-    Raises `UsageError` where boto3 is missing or the bucket can't be read.
-    """
-    bucket, folder = parse_address(url)
-    with s3_errors(url):
-        return list_folder(open_client(NUM_WORKERS), bucket, folder)
 
 
 def local_copy(
@@ -111,7 +100,7 @@ def _mirror(
     bucket, folder = parse_address(url)
     with s3_errors(url):
         client = open_client(num_workers)
-        wanted = file_names(url, list_folder(client, bucket, folder), root_key)
+        wanted = list_files(client, url, root_key)
     if not wanted:
         raise UsageError(f"{shown(url)} holds no files; name a folder of the bucket that does.")
     with _pulling(root):
@@ -131,26 +120,6 @@ def _mirror(
             _fetch_all(client, bucket, todo, index, num_workers=num_workers, show_progress=show_progress)
 
 
-# --- keys and names --------------------------------------------------------------------------------------------------
-
-
-def file_names(url: str, objects: list[RemoteFile], root_key: str) -> dict[str, RemoteFile]:
-    """The objects by the relative name of their file; refused, all of them, if one has no safe name of its own."""
-    wanted = {}
-    for file in objects:
-        name = file.key[len(root_key) :]
-        if (name.endswith("/") and not file.size) or PULL_FOLDER in name.split("/"):
-            continue
-        # As a path it must be the same parts: no empty or "." ones, no leading /, on Windows no \ and no drive.
-        if PurePath(name).parts != tuple(name.split("/")) or ".." in name.split("/") or "\0" in name:
-            raise UsageError(f"{shown(url)}: the key {one_line(file.key)!r} is no safe file name; rename the object.")
-        wanted[name] = file
-    folders = {parent.as_posix() for name in wanted for parent in PurePath(name).parents}
-    if both := sorted(folders & wanted.keys()):
-        raise UsageError(f"{shown(url)}: {one_line(both[0])} is a file and a folder at once; rename one of them.")
-    return wanted
-
-
 # --- the folder and what it remembers --------------------------------------------------------------------------------
 
 
@@ -160,7 +129,7 @@ def _pulling(root: Path) -> Iterator[None]:
     from filelock import FileLock
 
     own = root / PULL_FOLDER
-    try:
+    with file_errors(root):
         probe_writable(own)
         own.mkdir(parents=True, exist_ok=True)
         with FileLock(own / "lock"):
@@ -171,10 +140,17 @@ def _pulling(root: Path) -> Iterator[None]:
                 yield
             finally:
                 shutil.rmtree(own / "partial", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def file_errors(root: Path, done: str = "written") -> Iterator[None]:
+    """Turn what the file system refuses below `root` into one sentence: what can't be `done`."""
+    try:
+        yield
     except OSError as error:
         where = one_line(str(error.filename2 or error.filename or root))
         fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that, or name another folder"
-        raise UsageError(f"{where} can't be written ({error.strerror or error}); {fix}.") from error
+        raise UsageError(f"{where} can't be {done} ({error.strerror or error}); {fix}.") from error
 
 
 @dataclass

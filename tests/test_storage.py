@@ -15,8 +15,9 @@ import pytest
 from acestep_pipeline import storage
 from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.paths import cache_dir
-from acestep_pipeline.s3 import fetch, is_intact, open_client, s3_errors
-from acestep_pipeline.storage import PULL_FOLDER, RemoteFile, file_names, is_remote, list_objects, local_copy
+from acestep_pipeline.s3 import RemoteFile, fetch, is_intact, open_client, s3_errors
+from acestep_pipeline.s3_listing import PULL_FOLDER, file_names, list_objects
+from acestep_pipeline.storage import is_remote, local_copy
 from tests.s3_server import corrupting_proxy
 
 

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: size and SHA-256 of each of its files, written last.
+"""The manifest of a checkpoint: size and SHA-256 of each of its files (`release_manifest`), written last.
 
 Nothing here imports torch: which checkpoint a run goes on from should be known before anything is loaded.
 """
@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 
 from ..files import flush_to_disk, sha256
-
-MANIFEST_NAME = "manifest.json"
+from ..release_manifest import MANIFEST_NAME, Manifest, describe_file
 
 
 def seal(directory: Path) -> None:
@@ -19,10 +18,9 @@ def seal(directory: Path) -> None:
     files = []
     for path in _files(directory):
         flush_to_disk(path)
-        name = path.relative_to(directory).as_posix()
-        files.append({"file": name, "size": path.stat().st_size, "sha256": sha256(path)})
+        files.append(describe_file(directory, path.relative_to(directory).as_posix()))
     manifest = directory / MANIFEST_NAME
-    manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    manifest.write_bytes(Manifest(tuple(files)).to_json())
     for path in (manifest, *sorted({path.parent for path in _files(directory)})):
         flush_to_disk(path)
 
