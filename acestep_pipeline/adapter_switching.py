@@ -14,6 +14,7 @@ from .adapter_weights import (
     activate,
     active_adapters,
     adapter_layers,
+    check_not_fused,
     check_schedule,
     check_weights,
     on_schedule,
@@ -84,8 +85,7 @@ class AdapterSwitching:
             UsageError: one isn't loaded.
         """
         names = list(check_weights(self.transformer, adapter_names, None))
-        if any(layer.merged for _, layer in adapter_layers(self.transformer)):
-            raise UsageError("adapters are fused into the model's weights; call unfuse_lora() before deleting one.")
+        check_not_fused(self.transformer)
         # peft would let another adapter act in the place of an active one that goes.
         for _, layer in adapter_layers(self.transformer):
             set_active(layer, [name for name in layer.active_adapters if name not in names])

@@ -137,16 +137,24 @@ def _matcher(key: str) -> Callable[[str], bool]:
     return lambda layer: any(part in f".{layer}." for part in wanted)
 
 
+def check_not_fused(transformer: torch.nn.Module) -> None:
+    """Fused layers compute with their own weights alone, whatever adapters are added, chosen or removed.
+
+    Raises:
+        UsageError: adapters are fused into the weights.
+    """
+    if any(layer.merged for _, layer in adapter_layers(transformer)):
+        raise UsageError("adapters are fused into the model's weights; call unfuse_lora() before any other is used.")
+
+
 def activate(transformer: torch.nn.Module, weights: Mapping[str, Weight]) -> None:
     """Let these adapters act, and no others; `weights` is what `check_weights` returned.
 
     Raises:
         UsageError: adapters are fused into the weights.
     """
-    layers = list(adapter_layers(transformer))
-    if any(layer.merged for _, layer in layers):
-        raise UsageError("adapters are fused into the model's weights; call unfuse_lora() before choosing others.")
-    for layer_name, layer in layers:
+    check_not_fused(transformer)
+    for layer_name, layer in adapter_layers(transformer):
         active = []
         for name, weight in weights.items():
             if has_adapter(layer, name):

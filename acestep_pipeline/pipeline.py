@@ -13,6 +13,7 @@ from . import adapter_hotswap
 from .adapter_formats.install import diffusers_state, free_name, install_factors, is_plain_lora, layer_shapes
 from .adapter_formats.locate import load_adapter
 from .adapter_switching import AdapterSwitching
+from .adapter_weights import check_not_fused
 from .checkpoint_conversion import (
     SILENCE_LATENT_NAME,
     TEXT_ENCODER_DIR,
@@ -203,6 +204,7 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
             UsageError: it is not there, is damaged or a pickle, or does not fit this transformer. The pipeline is then
                 as it was before.
         """
+        check_not_fused(self.transformer)
         source = pretrained_model_name_or_path_or_dict
         name = "given as a state dict" if isinstance(source, dict) else repr(str(source))
         try:

@@ -140,9 +140,14 @@ def test_fused_adapters_have_to_be_unfused_first(tiny_pipeline, adapters):
         pipeline.load_lora_weights(adapters[name], adapter_name=name)
     pipeline.set_adapters("jazz")
     pipeline.fuse_lora()
-    for call in (lambda: pipeline.set_adapters("lofi"), lambda: pipeline.delete_adapters("lofi")):
+    for call in (
+        lambda: pipeline.set_adapters("lofi"),
+        lambda: pipeline.delete_adapters("lofi"),
+        lambda: pipeline.load_lora_weights(adapters["dora"], adapter_name="dora"),
+    ):
         with pytest.raises(UsageError, match="unfuse_lora"):
             call()
+    assert list(pipeline.transformer.peft_config) == ["lofi", "jazz"]
     pipeline.unfuse_lora()
     pipeline.set_adapters("lofi")
 
