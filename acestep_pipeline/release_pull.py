@@ -69,6 +69,9 @@ def pull_release(
         _check_replaceable(directory, manifest, force)
         partial = directory.with_name(f".partial-{directory.name}")
         probe_writable(directory.parent)
+        for path in (partial, partial / _DONE):
+            if path.is_symlink():
+                raise UsageError(f"{one_line(str(path))} is a link; remove it.")
         (partial / _DONE).mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(partial / "lock", timeout=0):

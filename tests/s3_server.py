@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import select
 import shutil
 import signal
 import socket
@@ -134,6 +135,46 @@ def running_s3_server(directory: Path) -> Iterator[S3Server]:
         finally:
             _stop(process)
     raise AssertionError(f"weed does not start:\n{(folder / 'weed.log').read_text(errors='replace')[-2000:]}")
+
+
+@contextlib.contextmanager
+def deaf_proxy(server: S3Server, marker: bytes, times: int) -> Iterator[tuple[str, list[int]]]:
+    """A TCP proxy that passes requests on, and closes the connection instead of answering `times` of those that
+    contain `marker`, once the server has answered: what was asked for is done, and who asked can't know.
+
+    Yields its URL and a list that grows by one with each connection closed.
+    """
+    target = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    done: list[int] = []
+
+    def serve(near: socket.socket) -> None:
+        with near, socket.create_connection(target) as far, contextlib.suppress(OSError):
+            lost = False
+            while True:
+                readable, _, _ = select.select([near, far], [], [])
+                if near in readable:
+                    if not (request := near.recv(1 << 20)):
+                        return
+                    lost = (lost or marker in request) and len(done) < times
+                    far.sendall(request)
+                elif far in readable:
+                    if not (answer := far.recv(1 << 20)):
+                        return
+                    if lost and not answer.startswith(b"HTTP/1.1 100"):
+                        done.append(1)
+                        return
+                    near.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # the listener is closed
+                while True:
+                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", done
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from acestep_pipeline.release_pull import pull_release
 from acestep_pipeline.storage import local_copy
 from acestep_pipeline.store_care import collect_garbage, find_garbage_places, find_published, verify
 from acestep_pipeline.stores import open_store
-from tests.s3_server import corrupting_proxy
+from tests.s3_server import corrupting_proxy, deaf_proxy
 from tests.test_storage import content, identities, noise
 
 ROOT = Path(__file__).parents[1]
@@ -253,6 +253,38 @@ def test_a_publisher_that_is_killed_leaves_the_release_before(place, tmp_path):
     assert pulled(place.address, tmp_path / "copy-2") == content(new)
 
 
+def test_a_publisher_whose_answer_is_lost_knows_that_it_has_won(s3_folder, tmp_path, monkeypatch):
+    address, run = f"{s3_folder.url}/lora/x", write(tmp_path / "run", FILES)
+    marker = f"PUT /{s3_folder.server.bucket}/{s3_folder.name}/lora/x/{MANIFEST_NAME} ".encode()
+    for release in (1, 2):
+        write(run, {"README.md": b"# %d" % release})
+        with deaf_proxy(s3_folder.server, marker, times=1) as (url, lost), monkeypatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", url)
+            manifest = push(run, address, force=True).manifest
+            assert len(lost) == 1 and manifest.release == release
+        assert find_release(open_store(address)) == manifest
+
+
+def test_what_may_not_be_written_or_read_is_one_sentence(s3_folder, tmp_path):
+    address, run = f"{s3_folder.url}/lora/x", write(tmp_path / "run", FILES)
+    push(run, address)
+    write(run, {"README.md": b"# new"})
+    arn = f"arn:aws:s3:::{s3_folder.server.bucket}/{s3_folder.name}/lora/x/*"
+    try:
+        for action, said in (
+            ("PutObject", "may not write there; ask for s3:PutObject"),
+            ("GetObject", "may not read"),
+        ):
+            rule = {"Effect": "Deny", "Principal": "*", "Action": [f"s3:{action}"], "Resource": [arn]}
+            policy = json.dumps({"Version": "2012-10-17", "Statement": [rule]})
+            s3_folder.client.put_bucket_policy(Bucket=s3_folder.server.bucket, Policy=policy)
+            with pytest.raises(UsageError, match=f"lora/x: these credentials {said}"):
+                push(run, address, force=True)
+    finally:
+        s3_folder.client.delete_bucket_policy(Bucket=s3_folder.server.bucket)
+    assert find_release(open_store(address)).release == 1
+
+
 def test_what_is_not_published_is_no_release(place, tmp_path):
     with pytest.raises(UsageError, match=r"is not published \(it has no manifest.json\)"):
         pull(place.address, tmp_path / "copy")
@@ -357,6 +389,45 @@ def test_no_room_is_known_before_the_first_byte(place, tmp_path, monkeypatch):
     monkeypatch.setattr(release_pull, "free_space_bytes", lambda directory: 1000)
     with pytest.raises(UsageError, match="has 0.0 GB free and 0.0 GB are to come; make room"):
         pull(place.address, tmp_path / "copy")
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_sentence_and_the_pull_goes_on(place, tmp_path, monkeypatch):
+    files = {f"{number}": noise(str(number), 400_000) for number in range(6)}
+    push(write(tmp_path / "run", files), place.address)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(release_pull, "free_space_bytes", lambda directory: 1 << 40)
+            with pytest.raises(UsageError, match=r"disk.* can't be written \(No space left on device\); make room"):
+                pull(place.address, disk / "copy", num_workers=1)
+        assert not (disk / "copy").exists()
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        assert pull(place.address, disk / "copy")[1] < 6 * 400_000
+        assert {name: data for name, data in content(disk / "copy").items() if name != MANIFEST_NAME} == files
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_links_in_what_a_cut_pull_left_lead_nowhere(place, tmp_path):
+    push(write(tmp_path / "run", FILES), place.address)
+    outside = write(tmp_path / "outside", {"precious": b"1"})
+    partial = tmp_path / ".partial-copy"
+    (partial / "new").mkdir(parents=True)
+    (partial / "new" / "samples").symlink_to(outside)
+    (partial / "new" / "README.md").symlink_to(outside / "precious")
+    assert pulled(place.address, tmp_path / "copy") == FILES
+    assert content(outside) == {"precious": b"1"} and not any(path.is_symlink() for path in tmp_path.rglob("*"))
+    for link in (tmp_path / ".partial-other", tmp_path / ".partial-other" / "new"):
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(outside)
+        with pytest.raises(UsageError, match="is a link; remove it"):
+            pull(place.address, tmp_path / "other")
+        link.unlink()
+    assert content(outside) == {"precious": b"1"} and not (tmp_path / "other").exists()
 
 
 def test_a_file_that_changes_while_it_is_sent_is_not_published(place, tmp_path, monkeypatch):
