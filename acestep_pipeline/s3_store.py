@@ -157,7 +157,7 @@ class S3Store:
 
     def unfinished(self, prefix: str) -> list[Stored]:
         """Uploads in parts that were begun and neither finished nor given up; `etag` is the upload's id."""
-        with s3_errors(self.url):
+        with s3_errors(self.url, writing=True):
             pages = self.client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.bucket, Prefix=self.folder + prefix
             )

@@ -1,6 +1,7 @@
 """`acestep-lora storage`: releases on S3 or a shared disk, by name."""
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,10 @@ _NAME_HELP = f"e.g. lora/my-adapter, below ${ROOT_VARIABLE}; or s3://bucket/…,
 
 def add_arguments(actions: argparse._SubParsersAction, add: Callable[..., argparse.ArgumentParser]) -> None:
     """Declare the actions; `add(actions, name, description, run)` makes the parser of one."""
+    action = add(actions, "init", "make a bucket, or set one up, and print what its users must be allowed", _init)
+    action.add_argument("address", nargs="?", help=f"s3://bucket or s3://bucket/prefix; unset: ${ROOT_VARIABLE}")
+    action.add_argument("--dry-run", action="store_true", help="only say what would be set, and print the policies")
+
     action = add(actions, "ls", "list what is published, or the releases of one name", _ls)
     action.add_argument("name", nargs="?", default="", help=f"{_NAME_HELP}; a part of it lists what is below it")
 
@@ -98,6 +103,20 @@ def address_of(name: str, *, partly: bool = False) -> str:
             "instead of a name."
         )
     return "/".join([root.rstrip("/"), *parts])
+
+
+def _init(args: argparse.Namespace) -> int:
+    from .bucket_setup import ROLES, access_policy, set_up_bucket
+
+    address = args.address or address_of("", partly=True)
+    if not is_remote(address):
+        raise UsageError(f"{one_line(address)} is no bucket; write s3://bucket. A folder needs no set-up.")
+    for sentence in set_up_bucket(address, dry_run=args.dry_run):
+        print(sentence)
+    for role, may in ROLES.items():
+        print(f"\nIAM policy for a {role} ({may}):")
+        print(json.dumps(access_policy(role, address), indent=2))
+    return 0
 
 
 def _push(args: argparse.Namespace) -> int:

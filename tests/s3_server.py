@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _start(directory: Path) -> tuple[subprocess.Popen, S3Server]:
+def _start(directory: Path, options: Sequence[str]) -> tuple[subprocess.Popen, S3Server]:
     ports = iter(_free_ports(2 * len(_SERVICES)))
     # A bucket's name of its own tells this server from another that took a port first.
     server_of = {name: (next(ports), next(ports)) for name in _SERVICES}
@@ -94,7 +94,7 @@ def _start(directory: Path) -> tuple[subprocess.Popen, S3Server]:
     command = [weed, "mini", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={bucket}"]
     for name, (http, grpc) in server_of.items():
         command += [f"-{name}.port={http}", f"-{name}.port.grpc={grpc}"]
-    command += ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", *options]
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
     with (directory / "weed.log").open("wb") as log:
         process = subprocess.Popen(
@@ -122,12 +122,15 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def running_s3_server(directory: Path) -> Iterator[S3Server]:
-    """Start a server that keeps its data and its log in `directory`, and end it with all its processes."""
+def running_s3_server(directory: Path, options: Sequence[str] = ()) -> Iterator[S3Server]:
+    """Start a server that keeps its data and its log in `directory`, and end it with all its processes.
+
+    `options` are more of `weed mini`'s.
+    """
     for attempt in range(3):  # another process may take a port between its choice and its use
         folder = directory / str(attempt)
         folder.mkdir(parents=True)
-        process, server = _start(folder)
+        process, server = _start(folder, options)
         try:
             if _is_ready(process, server):
                 yield server

@@ -1,9 +1,11 @@
 """Releases in a real S3 server and in a folder: what is published is whole, one publisher wins, history stays."""
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -551,3 +553,21 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     with pytest.raises(UsageError, match=r"can't be written \((Not a directory|File exists)\)"):
         push(run, str(tmp_path / "file" / "x"))
     assert os.listdir(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_is_said_within_15_seconds(s3_folder, monkeypatch):
+    """Its queue of connections is full, so that a connection is neither made nor refused."""
+    with socket.socket() as listener, contextlib.ExitStack() as waiting:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            each = waiting.enter_context(socket.socket())
+            each.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                each.connect(listener.getsockname())
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        begun = time.monotonic()
+        with pytest.raises(UsageError, match=r"http://127.0.0.1:\d+ can't be reached \(ConnectTimeoutError\)"):
+            find_release(open_store(f"{s3_folder.url}/lora/x"))
+        assert 5 < time.monotonic() - begun < 15
