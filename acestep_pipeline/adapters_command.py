@@ -3,13 +3,13 @@
 import argparse
 import contextlib
 import json
-import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
+from .model_arguments import split_weight
 from .paths import default_model
 
 if TYPE_CHECKING:
@@ -167,22 +167,6 @@ def merge(args: argparse.Namespace) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What they share
-
-
-def split_weight(source: str) -> tuple[str, float]:
-    """`SRC:0.8` -> (`SRC`, 0.8); without a number at the end the weight is 1.
-
-    Raises:
-        UsageError: the weight is not finite.
-    """
-    name, colon, number = source.rpartition(":")
-    try:
-        name, weight = (name, float(number)) if colon else (source, 1.0)
-    except ValueError:
-        return source, 1.0
-    if not math.isfinite(weight):
-        raise UsageError(f"{source}: the weight must be a finite number, such as {name}:0.8.")
-    return name, weight
 
 
 def _read(source: str, base: "BaseWeights | None", *, strict: bool) -> "Adapter":

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from .errors import Interrupted, RunError, UsageError
-from .model_arguments import add_model_arguments, load_pipeline
+from .model_arguments import add_model_arguments, load_pipeline, split_weight
 from .paths import default_model, probe_writable
 from .prompt_fields import INSTRUMENTAL, PromptFields
 from .version import __version__
@@ -217,19 +217,12 @@ def _target_lufs(text: str) -> float | None:
 
 
 def _split_weight(adapter: str) -> tuple[str, float]:
-    """`DIR:0.8` -> (`DIR`, 0.8); without a number at the end the weight is 1."""
     from .adapter_weights import MAX_WEIGHT
 
-    name, colon, number = adapter.rpartition(":")
-    try:
-        weight = float(number) if colon else None
-    except ValueError:
-        weight = None
-    if weight is None:
-        return adapter, 1.0
-    if not -MAX_WEIGHT <= weight <= MAX_WEIGHT:
+    source, weight = split_weight(adapter)
+    if abs(weight) > MAX_WEIGHT:
         raise UsageError(f"--adapter {adapter}: the weight must be between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}.")
-    return name, weight
+    return source, weight
 
 
 def _load_adapters(pipeline, adapters: list[tuple[Path, str, float]]) -> list[dict]:

@@ -1,7 +1,9 @@
-"""The arguments of commands that run the model: which checkpoint, and in what precision."""
+"""The arguments of commands that use the model: which checkpoint, in what precision, which adapters how strongly."""
 
 import argparse
+import math
 
+from .errors import UsageError
 from .paths import default_model
 
 
@@ -38,3 +40,19 @@ def load_pipeline(args: argparse.Namespace, *, to_encode: bool = False):
         pipeline.move_encoders(device)
         return pipeline
     return pipeline.to(device)
+
+
+def split_weight(source: str) -> tuple[str, float]:
+    """`SRC:0.8` -> (`SRC`, 0.8); without a number at the end the weight is 1.
+
+    Raises:
+        UsageError: the weight is not finite.
+    """
+    name, colon, number = source.rpartition(":")
+    try:
+        name, weight = (name, float(number)) if colon else (source, 1.0)
+    except ValueError:
+        return source, 1.0
+    if not math.isfinite(weight):
+        raise UsageError(f"{source}: the weight must be a finite number, such as {name}:0.8.")
+    return name, weight

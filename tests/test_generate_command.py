@@ -221,7 +221,7 @@ def test_tasks_take_audio_of_any_kind(tmp_path, source, tiny_pipeline, task):
         ("out.wav", ("--adapter", "./no-such-adapter"), "no-such-adapter"),
         ("out.wav", ("--adapter", "./no-such-adapter:0.5"), "no-such-adapter"),
         ("out.wav", ("--adapter", "{adapter}:-3"), "between -2 and 2"),
-        ("out.wav", ("--adapter", "{adapter}:nan"), "between -2 and 2"),
+        ("out.wav", ("--adapter", "{adapter}:nan"), "must be a finite number"),
         ("out.wav", ("--pretrained_model_name_or_path", "./no-such-model"), "no-such-model"),
         ("out.wav", ("--task", "remix"), "--task must be one of text2music, cover,"),
         ("out.wav", ("--task", "cover"), "--task cover needs --src_audio"),
