@@ -164,7 +164,8 @@ def train(args: argparse.Namespace) -> None:
     per_epoch = planner.updates_per_epoch
     num_updates = args.num_updates = args.max_train_steps or args.num_train_epochs * per_epoch
     if args.lr_warmup_steps is None:
-        args.lr_warmup_steps = optimization.default_warmup_steps(num_updates)
+        begun_with = checkpoint and checkpointing.saved_setting(checkpoint, "lr_warmup_steps")
+        args.lr_warmup_steps = optimization.default_warmup_steps(num_updates) if begun_with is None else begun_with
     optimizer = optimization.build_optimizer(
         inputs.lora_parameters,
         optimizer=args.optimizer,
@@ -334,7 +335,9 @@ def train(args: argparse.Namespace) -> None:
             if main:
                 seconds = round(time.monotonic() - started, 3)
                 metrics_file.write({"update": done, "epoch": epoch, **line, "seconds": seconds})
-            if over or checkpointing.is_due(done, per_epoch=per_epoch, **checkpoint_every):
+            # While updates are left out, the adapter may be what is wrong, and older checkpoints are worth keeping.
+            due = checkpointing.is_due(done, per_epoch=per_epoch, **checkpoint_every) and not nan_guard.in_a_row
+            if over or due:
                 parallel.gather(optimizer)  # of all processes, for the one that writes
                 if main:
                     limit = args.checkpoints_total_limit

@@ -1,6 +1,7 @@
 """What users get wrong, through the flagship script: one sentence that names it, and nothing half-written."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -455,6 +456,14 @@ def test_resuming_under_other_settings_names_each_with_both_values(music, tmp_pa
     ):
         assert difference in error
     assert "dropout was" not in error
+
+
+def test_a_run_at_a_constant_rate_is_made_longer_with_the_warm_up_it_began_with(music, tmp_path, train):
+    long = {"lr_scheduler": "constant_with_warmup", "checkpointing_steps": 20}
+    train(music, max_train_steps=20, **long)
+    printed = train(music, max_train_steps=40, resume_from_checkpoint="latest", **long)
+    assert "20 of 40 updates are done" in printed
+    assert json.loads((tmp_path / "out" / "training_args.json").read_text())["arguments"]["lr_warmup_steps"] == 1
 
 
 def test_resuming_on_other_data_is_refused(music, train, refused):

@@ -118,6 +118,11 @@ def test_going_back_removes_what_lies_beyond(run, finished, demo_dir):
     assert names(run) == ["checkpoint-2"] and before == {path: path.read_bytes() for path in before}
 
 
+def test_a_file_with_a_checkpoints_name_is_none(tmp_path):
+    (tmp_path / "checkpoint-7").write_text("mine")
+    assert names(tmp_path) == [] and run_directory.find_checkpoint(tmp_path, "latest") is None
+
+
 def test_the_manifest_names_every_file_with_its_hash(finished):
     folder = finished / "checkpoint-6"
     files = {entry["file"]: entry["size"] for entry in json.loads((folder / "manifest.json").read_text())["files"]}

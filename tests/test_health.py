@@ -45,13 +45,23 @@ def test_a_nan_update_is_left_out_and_named(demo_dir, tmp_path, damaged, capsys)
 
 
 def test_three_in_a_row_end_the_run_unless_told_otherwise(demo_dir, tmp_path, damaged):
-    damaged(2, 3, 4)
-    with pytest.raises(RunError, match="update 4 is not finite .*third update in a row.*checkpoint-2") as stopped:
+    damaged(3, 4, 5)
+    with pytest.raises(RunError, match="update 5 is not finite .*third update in a row.*checkpoint-2") as stopped:
         train_here(demo_dir, tmp_path / "run", **SETTINGS)
     assert "--learning_rate or --max_grad_norm" in str(stopped.value) and "--on_nan skip" in str(stopped.value)
     damaged(2)
     train_here(demo_dir, tmp_path / "run", resume_from_checkpoint="latest", on_nan="skip", **SETTINGS)
     assert len(metrics(tmp_path / "run")) == 5
+
+
+def test_the_last_good_checkpoint_outlives_updates_that_are_left_out(demo_dir, tmp_path, damaged, capsys):
+    """None is made while they last, but the one at the end, so that those before are not pruned for them."""
+    damaged(2, 3, 4, 5)
+    often = SETTINGS | {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "on_nan": "skip"}
+    train_here(demo_dir, tmp_path / "run", **often)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-5"]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "left out." in line]
+    assert ["a lower --learning_rate or --max_grad_norm" in line for line in warnings] == [False, False, True, True]
 
 
 def test_fp16_may_look_for_its_scale():

@@ -50,6 +50,12 @@ def test_one_forward_pass_of_four_or_four_of_one(unequal_dir, tmp_path, settings
     assert (other_items - together).norm() > 0.1 * together.norm(), "other draws differ, or this shows nothing"
 
 
+def test_the_launchers_accumulation_does_not_divide_the_loss(unequal_dir, tmp_path, monkeypatch):
+    alone = gradient(unequal_dir, tmp_path / "alone", **PLAIN)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert torch.equal(gradient(unequal_dir, tmp_path / "told", **PLAIN), alone)
+
+
 def test_four_processes(unequal_dir, tmp_path):
     process = start(
         unequal_dir,

@@ -105,6 +105,14 @@ def load_checkpoint(
     return state["update"]
 
 
+def saved_setting(checkpoint: Path, name: str):
+    """What `name` was in the run that wrote `checkpoint`; None if it was not noted.
+
+    A run that is made longer keeps what followed from its length when it began.
+    """
+    return json.loads((checkpoint / STATE_NAME).read_text())["settings"].get(name)
+
+
 def check_same_settings(checkpoint: Path, settings: dict) -> None:
     """Refuse to continue a run under other settings than it was started with.
 

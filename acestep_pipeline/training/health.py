@@ -74,7 +74,10 @@ class NanGuard:
                 "--learning_rate or --max_grad_norm, or continue with --resume_from_checkpoint latest --on_nan skip. "
                 f"{describe_kept(output_dir)}"
             )
-        accelerator.print(f"\nwarning: {sentence}: left out.")
+        advice = ""
+        if self.in_a_row >= MAX_IN_A_ROW:
+            advice = f" It is the {self.in_a_row}th in a row; a lower --learning_rate or --max_grad_norm may help."
+        accelerator.print(f"\nwarning: {sentence}: left out.{advice}")
 
     def state_dict(self) -> dict:
         """The counts."""

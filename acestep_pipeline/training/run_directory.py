@@ -111,7 +111,7 @@ def list_checkpoints(output_dir: Path, *, up_to: int | None = None) -> list[Path
     found = {
         int(number): path
         for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*")
-        if (number := path.name.removeprefix(CHECKPOINT_PREFIX)).isdigit()
+        if (number := path.name.removeprefix(CHECKPOINT_PREFIX)).isdigit() and path.is_dir()
     }
     return [found[update] for update in sorted(found) if up_to is None or update <= up_to]
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env, release_memory
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    parse_flag_from_env,
+    release_memory,
+)
 
 from ..adapter_settings import LoraSettings, describe
 from ..adapters import add_lora
@@ -76,6 +82,8 @@ def build_accelerator(
     return Accelerator(
         cpu=on_cpu and not uses_deepspeed(),
         fsdp_plugin=fsdp_plugin(),
+        # Or the launcher's number, which says nothing of this loop, would divide every loss.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         mixed_precision=mixed_precision,
         log_with=None if report_to == "none" else report_to,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / logging_dir)),
