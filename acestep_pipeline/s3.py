@@ -124,6 +124,8 @@ def s3_errors(url: str, *, writing: bool = False) -> Iterator[None]:
         code = one_line(str(error.response.get("Error", {}).get("Code", "")))
         if code in ("NoSuchKey", "PreconditionFailed") or (code == "404" and error.operation_name == "HeadObject"):
             raise RunError(f"{wanted} changed while it was read; run it again, what is complete is kept.") from None
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+            raise RunError(f"{wanted}: {endpoint} is busy or broken ({code}); run it again later.") from None
         if writing and code == "AccessDenied":
             raise UsageError(f"{wanted}: {_MAY_NOT_WRITE}.") from None
         reason = _REFUSED.get(code, f"THE_SERVER refused it ({code}); check the address and the credentials")
@@ -139,6 +141,35 @@ def s3_errors(url: str, *, writing: bool = False) -> Iterator[None]:
         raise UsageError(f"{wanted}: {endpoint} can't be reached ({name(error)}); check AWS_ENDPOINT_URL.") from None
     except failures.BotoCoreError as error:  # a credential source that fails, a damaged configuration, …
         raise UsageError(f"{wanted} can't be read ({name(error)}); check the AWS settings.") from None
+
+
+def read_object(client: Any, bucket: str, key: str, *, max_bytes: int) -> tuple[bytes, str] | None:
+    """A small object and its ETag, read again if it arrives damaged; None where there is none.
+
+    What tells is the checksum that S3 sends along, or else an ETag that is the content's MD5. Call it within
+    `s3_errors`. Raises `UsageError` where it is larger, `RunError` where it stays damaged.
+    """
+    from botocore.exceptions import FlexibleChecksumError
+
+    where = f"s3://{bucket}/{one_line(key)}"
+    for _ in range(_ATTEMPTS):
+        try:
+            answer = client.get_object(Bucket=bucket, Key=key)
+        except client.exceptions.NoSuchKey:
+            return None
+        if answer["ContentLength"] > max_bytes:
+            raise UsageError(f"{where} is larger than {max_bytes} bytes, which it can't rightly be.")
+        try:
+            # To the end: botocore looks at the checksum only there.
+            data = b"".join(answer["Body"].iter_chunks(1 << 20))
+        except FlexibleChecksumError:
+            continue
+        match = re.fullmatch(r'"?([0-9a-f]{32})"?', answer["ETag"])
+        encrypted = answer.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in answer
+        plain = match and not encrypted and not bucket.endswith("--x-s3")
+        if not plain or hashlib.md5(data, usedforsecurity=False).hexdigest() == match[1]:
+            return data, answer["ETag"]
+    raise RunError(f"{where} arrived damaged {_ATTEMPTS} times; run it again.")
 
 
 def fetch(

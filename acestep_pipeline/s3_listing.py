@@ -15,7 +15,7 @@ from .release_manifest import (
     Manifest,
     parse_manifest,
 )
-from .s3 import RemoteFile, list_folder, open_client, parse_address, s3_errors, shown
+from .s3 import RemoteFile, list_folder, open_client, parse_address, read_object, s3_errors, shown
 
 # What a pull keeps in the folder: index.json, a lock, and partial/ with the downloads under way.
 PULL_FOLDER = ".ace-step-pull"
@@ -87,9 +87,10 @@ def _show_release(wanted: dict[str, RemoteFile], above: str, manifest: Manifest)
 
 def _read_manifest(client: Any, bucket: str, file: RemoteFile) -> Manifest:
     where = f"s3://{bucket}/{one_line(file.key)}"
-    if file.size > MAX_MANIFEST_BYTES:
-        raise UsageError(f"{where} is too large for a manifest.")
-    return parse_manifest(client.get_object(Bucket=bucket, Key=file.key)["Body"].read(MAX_MANIFEST_BYTES), where)
+    found = read_object(client, bucket, file.key, max_bytes=MAX_MANIFEST_BYTES)
+    if found is None:
+        raise RunError(f"{where} was removed meanwhile; run it again.")
+    return parse_manifest(found[0], where)
 
 
 def file_names(url: str, objects: list[RemoteFile], root_key: str) -> dict[str, RemoteFile]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from .errors import UsageError
 from .folder_store import BLOCK_BYTES, Stored, digest
 from .release_manifest import PROBE_KEY
-from .s3 import LARGE_BYTES, RemoteFile, fetch, open_client, parse_address, s3_errors, shown
+from .s3 import LARGE_BYTES, RemoteFile, fetch, open_client, parse_address, read_object, s3_errors, shown
 from .storage import NUM_WORKERS
 
 # What says that a condition does not hold, that another request was writing, that what to compare with is gone.
@@ -55,14 +55,7 @@ class S3Store:
     def read(self, key: str, *, max_bytes: int) -> tuple[bytes, str] | None:
         """A small object and its tag; None where there is none."""
         with s3_errors(self.url):
-            try:
-                answer = self.client.get_object(Bucket=self.bucket, Key=self.folder + key)
-            except self.client.exceptions.NoSuchKey:
-                return None
-            data = answer["Body"].read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise UsageError(f"{shown(self.url)}/{key} is larger than {max_bytes} bytes, which it can't rightly be.")
-        return data, answer["ETag"]
+            return read_object(self.client, self.bucket, self.folder + key, max_bytes=max_bytes)
 
     def write(self, key: str, data: bytes, *, replaces: str | None) -> bool:
         """Write a small object if there is none (`replaces` None) or it still has the tag `replaces`; whether it did.

@@ -375,6 +375,19 @@ def test_content_that_arrives_damaged_is_fetched_again(s3_folder, tmp_path, monk
         assert pulled(address, tmp_path / "copy") == {"a": b"a song by NOBODY, " * 10} and len(done) == 2
 
 
+@pytest.mark.parametrize("times", [2, 99])
+def test_a_manifest_that_arrives_damaged_is_read_again(s3_folder, tmp_path, monkeypatch, times):
+    address = f"{s3_folder.url}/lora/x"
+    push(write(tmp_path / "run", {"NOBODY.txt": b"1"}), address)
+    with corrupting_proxy(s3_folder.server, b"NOBODY", b"NOBADY", times=times) as (url, done):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        if times == 2:
+            assert pulled(address, tmp_path / "copy") == {"NOBODY.txt": b"1"} and len(done) == 2
+        else:
+            with pytest.raises(RunError, match="manifest.json arrived damaged 3 times"):
+                pull(address, tmp_path / "copy")
+
+
 def test_large_files_travel_in_parts(s3_folder, tmp_path, monkeypatch):
     for module in ("publishing", "s3_store", "s3", "release_pull"):
         monkeypatch.setattr(f"acestep_pipeline.{module}.LARGE_BYTES", 8 << 20)
