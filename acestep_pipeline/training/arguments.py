@@ -73,8 +73,8 @@ def _add_objective_arguments(g) -> None:
     g.add_argument("--timestep_shift", type=float, help="and their shift; unset: 1, turbo 3")
     g.add_argument("--timestep_mu", type=float, help="mean of the timestep's normal, in logits; unset: the checkpoint's, else -0.4")
     g.add_argument("--timestep_sigma", type=float, help="its standard deviation; unset: the checkpoint's, else 1.0")
-    g.add_argument("--stratified_timesteps", action=argparse.BooleanOptionalAction, default=False, help="spread the timesteps of an update's windows evenly over their distribution")
-    g.add_argument("--antithetic_noise", action=argparse.BooleanOptionalAction, default=False, help="two items of an update share their noise with opposite signs")
+    g.add_argument("--stratified_timesteps", action=argparse.BooleanOptionalAction, default=False, help="spread the timesteps of an update's windows evenly over their distribution: the loss of 4-window updates varies 11 %% less; of their gradient no gain was measured")
+    g.add_argument("--antithetic_noise", action=argparse.BooleanOptionalAction, default=False, help="two items of an update share their noise with opposite signs; alone it gained nothing measurable")
     g.add_argument("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="weights of the error by timestep, of mean 1; none: plain MSE; min_snr: the clean half up, both ends down; truncated_snr: both ends up; cosmap: the middle up; sigma_sqrt: the clean end up, steeply")
     g.add_argument("--snr_gamma", type=float, default=5.0, help="gamma of min_snr")
 
