@@ -119,3 +119,11 @@ def test_what_the_hardware_can_not_do_is_refused_before_anything_loads(monkeypat
     monkeypatch.setattr("acestep_pipeline.data.held_out.load_tracks", lambda *a, **k: pytest.fail("it read tracks"))
     with pytest.raises(UsageError, match="one process or DDP; FSDP and DeepSpeed divide weights"):
         train_here(demo_dir, tmp_path / "out", base_quantization="int8")
+
+
+def test_a_share_without_checkpointing_is_not_ignored():
+    with pytest.raises(UsageError, match="ratio 0.5 does nothing without --gradient_checkpointing; add it"):
+        check_args(arguments.parse_args(["--gradient_checkpointing_ratio", "0.5"]))
+    for flags in (["--gradient_checkpointing"], ["--preset", "vram_24gb"]):
+        check_args(arguments.parse_args([*flags, "--gradient_checkpointing_ratio", "0.5"]))
+    check_args(arguments.parse_args(["--preset", "vram_24gb", "--no-gradient_checkpointing"]))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 from ..errors import UsageError
+from ..presets import load_preset
 from .batch_size import choose_batch_size
 from .launch import check_launch
 from .memory import check_quantization_installed
@@ -117,5 +118,11 @@ def check_contradictions(args: argparse.Namespace) -> None:
         )
     if args.validation_fraction and args.validation_data_dir:
         raise UsageError("--validation_fraction and --validation_data_dir both hold tracks out; give one of them.")
+    ratio, preset = args.gradient_checkpointing_ratio, load_preset(args.preset) if args.preset else {}
+    if ratio < 1 and not args.gradient_checkpointing and ratio != preset.get("gradient_checkpointing_ratio"):
+        raise UsageError(
+            f"--gradient_checkpointing_ratio {ratio} does nothing without --gradient_checkpointing; add it, or leave "
+            "the ratio out."
+        )
     if args.adapter_type == "lokr" and args.base_quantization != "none":
         raise UsageError("--adapter_type lokr needs the base unquantised; leave --base_quantization out, or use lora.")
