@@ -137,6 +137,9 @@ def s3_errors(url: str, *, writing: bool = False) -> Iterator[None]:
         raise RunError(f"{wanted}: the connection broke ({name(error)}); run it again to continue.") from None
     except (failures.NoCredentialsError, failures.PartialCredentialsError, failures.ProfileNotFound) as error:
         raise UsageError(f"{wanted}: no credentials ({name(error)}); {_CREDENTIALS_FIX}.") from None
+    except (failures.ConnectionClosedError, failures.ReadTimeoutError) as error:
+        reason = f"the connection to {endpoint} broke ({name(error)})"
+        raise RunError(f"{wanted}: {reason}; run it again to continue, or check AWS_ENDPOINT_URL.") from None
     except (failures.ConnectionError, failures.HTTPClientError) as error:
         raise UsageError(f"{wanted}: {endpoint} can't be reached ({name(error)}); check AWS_ENDPOINT_URL.") from None
     except failures.BotoCoreError as error:  # a credential source that fails, a damaged configuration, …
@@ -149,27 +152,30 @@ def read_object(client: Any, bucket: str, key: str, *, max_bytes: int) -> tuple[
     What tells is the checksum that S3 sends along, or else an ETag that is the content's MD5. Call it within
     `s3_errors`. Raises `UsageError` where it is larger, `RunError` where it stays damaged.
     """
-    from botocore.exceptions import FlexibleChecksumError
+    from botocore.exceptions import ClientError, FlexibleChecksumError, IncompleteReadError, ResponseStreamingError
 
     where = f"s3://{bucket}/{one_line(key)}"
     for _ in range(_ATTEMPTS):
         try:
             answer = client.get_object(Bucket=bucket, Key=key)
-        except client.exceptions.NoSuchKey:
-            return None
+        except ClientError as error:
+            # 404 where the answer's body, which has the code, was cut.
+            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                return None
+            raise
         if answer["ContentLength"] > max_bytes:
             raise UsageError(f"{where} is larger than {max_bytes} bytes, which it can't rightly be.")
         try:
             # To the end: botocore looks at the checksum only there.
             data = b"".join(answer["Body"].iter_chunks(1 << 20))
-        except FlexibleChecksumError:
+        except (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError):
             continue
         match = re.fullmatch(r'"?([0-9a-f]{32})"?', answer["ETag"])
         encrypted = answer.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in answer
         plain = match and not encrypted and not bucket.endswith("--x-s3")
         if not plain or hashlib.md5(data, usedforsecurity=False).hexdigest() == match[1]:
             return data, answer["ETag"]
-    raise RunError(f"{where} arrived damaged {_ATTEMPTS} times; run it again.")
+    raise RunError(f"{where} arrived damaged {_ATTEMPTS} times, or cut; run it again.")
 
 
 def fetch(
