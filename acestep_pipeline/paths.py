@@ -15,6 +15,7 @@ from pathlib import Path
 from .errors import UsageError
 
 HUB_CHECKPOINT = "ACE-Step/acestep-v15-base"
+XL_HUB_CHECKPOINT = "ACE-Step/acestep-v15-xl-base-diffusers"
 # diffusers' own name for an adapter's file.
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 # PEFT's names, and the folders of an adapter directory that hold its other formats.
@@ -32,14 +33,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("ACESTEP_CACHE_DIR") or "~/.cache/acestep-lora").expanduser()
 
 
-def default_model(chosen: str | None = None) -> tuple[str, str]:
-    """The checkpoint to use and where that was said: the flag, `ACESTEP_MODEL`, `/model`, else the Hub's base."""
+def default_model(chosen: str | None = None, *, preset: str | None = None) -> tuple[str, str]:
+    """The checkpoint to use and where that was said: the flag, `ACESTEP_MODEL`, `/model`, else the Hub's base: the 2 B
+    model, or with a preset for XL that one."""
     if chosen:
         return chosen, "--pretrained_model_name_or_path"
     if os.environ.get("ACESTEP_MODEL"):
         return os.environ["ACESTEP_MODEL"], "ACESTEP_MODEL"
     if Path("/model").is_dir():
         return "/model", "the default folder"
+    if (preset or "").startswith("xl_"):
+        return XL_HUB_CHECKPOINT, "the published XL base checkpoint"
     return HUB_CHECKPOINT, "the published base checkpoint"
 
 

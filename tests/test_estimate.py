@@ -9,6 +9,8 @@ from acestep_pipeline.errors import UsageError
 from acestep_pipeline.estimation.gpus import GPUS, find_gpu
 from acestep_pipeline.estimation.model_shapes import SHAPES, choose_shape, num_parameters
 from acestep_pipeline.presets import load_preset, preset_names
+from acestep_pipeline.training.arguments import parse_args
+from acestep_pipeline.training.settings import choose_sources
 
 SIZES = {"vram_8gb": "rtx 3070", "vram_12gb": "rtx 3060", "vram_16gb": "rtx 4060 ti", "vram_24gb": "rtx 3090"}
 XL_SIZES = {"xl_vram_16gb": "rtx 4080", "xl_vram_24gb": "rtx 4090"}
@@ -88,6 +90,17 @@ def test_what_else_is_kept_and_done_counts(capsys, demo_dir):
     assert "validations" not in say(capsys, *flags)[1]
     _, out, _ = say(capsys, *flags, "--validation_fraction", 0.4, "--offload")
     assert " and 2 held out" in out and "validations " in out and "of the 31.5 GB/s of its PCI Express" in out
+
+
+def test_an_xl_preset_takes_the_xl_model(capsys, demo_dir, monkeypatch):
+    monkeypatch.delenv("ACESTEP_MODEL", raising=False)
+    for preset, model in (("xl_vram_16gb", "xl"), ("vram_16gb", "2b")):
+        argv = ["estimate", "--preset", preset, "--data", str(demo_dir), "--min_duration_s", "1", "--gpu", "h100"]
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert f"Model {model}:" in capsys.readouterr().out
+        args = parse_args(["--preset", preset, "--train_data_dir", str(demo_dir)])
+        assert ("XL base" in choose_sources(args)["Model"]) == (model == "xl")
 
 
 def test_every_memory_preset_is_tried_above():

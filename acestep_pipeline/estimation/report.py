@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--num_processes must be positive, not {args.num_processes}.")
     check_bounds(training)
     data, _ = default_data(args.data)
-    checkpoint, _ = default_model(args.pretrained_model_name_or_path)
+    checkpoint, _ = default_model(args.pretrained_model_name_or_path, preset=args.preset)
     shape = choose_shape(args.config, checkpoint, args.variant_dir)
     gpus = [find_gpu(args.gpu)] if args.gpu else GPUS
     tracks = read_tracks(data, training)

@@ -65,7 +65,9 @@ def text_options(args: argparse.Namespace) -> TextOptions:
 
 def choose_sources(args: argparse.Namespace) -> dict[str, str]:
     """Fill in model, data and output where they were not named; returns what was chosen and why, for printing."""
-    args.pretrained_model_name_or_path, model_from = default_model(args.pretrained_model_name_or_path)
+    args.pretrained_model_name_or_path, model_from = default_model(
+        args.pretrained_model_name_or_path, preset=args.preset
+    )
     data = args.dataset_name
     data_from = "--dataset_name"
     if data is not None and args.train_data_dir is not None:
