@@ -89,6 +89,11 @@ def locate_original(folder: Path, variant_dir: str | None) -> OriginalCheckpoint
         dit = folder
     else:
         candidates = _dit_children(folder)
+        if not candidates and any(folder.glob("diffusion_pytorch_model*.safetensors")):
+            raise UsageError(
+                f"{folder} is one component of a checkpoint in diffusers' layout and no whole one; put it in its "
+                "place (a transformer: transformer/) in a copy of the whole checkpoint, and name that."
+            )
         if not candidates:
             raise UsageError(
                 f"{folder} is no ACE-Step 1.5 checkpoint: it has neither model_index.json (diffusers layout) nor a "

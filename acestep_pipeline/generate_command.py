@@ -1,17 +1,19 @@
 """`acestep-lora generate`: music into files that say what they were made with."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import signal
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from .errors import Interrupted, RunError, UsageError
 from .model_arguments import add_model_arguments, load_pipeline, split_weight
 from .paths import default_model, probe_writable
-from .prompt_fields import INSTRUMENTAL, PromptFields
+from .prompt_fields import INSTRUMENTAL, PromptFields, known_bpm, known_keyscale, known_language
 from .version import __version__
 
 # What plays music levels it to about this (Spotify, YouTube, Tidal: -14 LUFS).
@@ -121,9 +123,10 @@ def run(args: argparse.Namespace) -> int:
         for path, waveform, made_with in _clips(
             pipeline, fields, sampling, task, seeds, batch_size, record, output, compare=args.compare
         ):
-            said = _write(path, waveform, made_with, sample_rate=pipeline.sample_rate, target_lufs=target_lufs)
-            tqdm.write(f"Wrote {path}{said}")  # above the progress bar
-            finished += 1
+            with _uninterrupted():
+                said = _write(path, waveform, made_with, sample_rate=pipeline.sample_rate, target_lufs=target_lufs)
+                tqdm.write(f"Wrote {path}{said}")  # above the progress bar
+                finished += 1
     except OSError as error:
         path = error.filename or output
         raise RunError(f"{path} can't be written ({error.strerror}); make room, and run this again.") from error
@@ -131,6 +134,19 @@ def run(args: argparse.Namespace) -> int:
         number = args.variations * (2 if args.compare else 1)
         raise Interrupted(signal.SIGINT, f"Stopped: {finished} of {number} files are finished.") from stop
     return 0
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: a file has its record beside it, and is counted."""
+    noted = []
+    before = signal.signal(signal.SIGINT, lambda *given: noted.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if noted and callable(before):
+        before(*noted[0])
 
 
 def _output_path(args: argparse.Namespace) -> Path:
@@ -160,31 +176,17 @@ def _check_numbers(args: argparse.Namespace, *, has_adapters: bool) -> None:
 
 def _prompt_fields(args: argparse.Namespace, *, source_s: float | None) -> PromptFields:
     """What the model is told; raises `UsageError` for what it would not understand."""
-    from .data.text.languages import LANGUAGES, normalise_language
-    from .data.text.musical_terms import BPM_RANGE, parse_bpm, parse_keyscale
-
     if source_s is not None and args.duration is not None:
         raise UsageError("--duration is the source's with --src_audio; leave it out.")
     duration_s = source_s or (30.0 if args.duration is None else args.duration)
     if not 1 <= duration_s <= 600:
         raise UsageError(f"--duration must be between 1 and 600 seconds, not {duration_s:g}.")
-    bpm = args.bpm and parse_bpm(args.bpm)
-    if args.bpm is not None and bpm is None:
-        raise UsageError(f"--bpm must be {BPM_RANGE[0]} to {BPM_RANGE[1]}, not {args.bpm!r}.")
-    keyscale = args.keyscale and parse_keyscale(args.keyscale)
-    if args.keyscale is not None and keyscale is None:
-        raise UsageError(f"--keyscale {args.keyscale!r} is no key; write it like 'C minor' or 'F# major'.")
-    language = normalise_language(args.vocal_language)
-    if language not in LANGUAGES:
-        raise UsageError(
-            f"--vocal_language {args.vocal_language!r} is none that the model knows: {', '.join(sorted(LANGUAGES))}."
-        )
     return PromptFields(
         prompt=args.prompt,
         lyrics=_read_lyrics(args.lyrics),
-        vocal_language=language,
-        bpm=bpm,
-        keyscale=keyscale,
+        vocal_language=known_language(args.vocal_language, name="--vocal_language"),
+        bpm=None if args.bpm is None else known_bpm(args.bpm, name="--bpm"),
+        keyscale=None if args.keyscale is None else known_keyscale(args.keyscale, name="--keyscale"),
         timesignature=args.timesignature,
         audio_duration=duration_s,
     )

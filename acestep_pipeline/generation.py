@@ -11,7 +11,7 @@ import torch
 from .data.audio import SAMPLE_RATE, AudioError, probe_audio, read_audio, to_stereo, write_audio
 from .errors import UsageError
 from .pipeline import ACEStepPipeline
-from .prompt_fields import PromptFields
+from .prompt_fields import MAX_DURATION_S, PromptFields
 
 # Tasks of the base model (`diffusers.pipelines.ace_step`): what each of them needs besides a prompt.
 TASKS = {
@@ -24,8 +24,6 @@ TASKS = {
 }
 # The turbo models were distilled for these.
 TURBO_TASKS = ("text2music", "cover", "repaint")
-# What the model is trained for is 10 to 600 s; its silence buffer ends at 600 s.
-MAX_DURATION_S = 600.0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import os
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from .condition_mask import padding_hidden
 from .errors import UsageError
 from .hub import download, looks_like_path
 from .progress import quiet_loading
+from .prompt_fields import checked_request
 from .tiny_checkpoint import TINY_NAME, tiny_checkpoint_path
 
 # The repository that holds the VAE and the text encoder which every 2 B variant shares.
@@ -152,17 +154,26 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
                 raise UsageError(f"the checkpoint in {source} can't be loaded: {what}") from error
 
     @functools.wraps(AceStepPipeline.__call__)
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args, adapters=None, adapter_schedule=None, **kwargs):
+        request = inspect.signature(AceStepPipeline.__call__).bind(self, *args, **kwargs).arguments
+        request = checked_request({name: value for name, value in request.items() if name != "self"})
         # Neither the other items of a batch nor torch's global generator change what an item sounds like: padded
         # condition tokens are not attended to, and audio given as source or reference is always encoded with the same
         # draw from the VAE's posterior.
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(padding_hidden(self.condition_encoder, self.transformer))
-            if kwargs.get("src_audio") is not None or kwargs.get("reference_audio") is not None:
+            if request.get("src_audio") is not None or request.get("reference_audio") is not None:
                 devices = [self._execution_device] if self._execution_device.type == "cuda" else []
                 contexts.enter_context(torch.random.fork_rng(devices))
                 torch.manual_seed(SOURCE_SEED)
-            return super().__call__(*args, **kwargs)
+            return super().__call__(adapters=adapters, adapter_schedule=adapter_schedule, **request)
+
+    def check_inputs(self, *args, **kwargs) -> None:
+        """diffusers', whose sentences are `UsageError`s like all others."""
+        try:
+            super().check_inputs(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise UsageError(str(error)) from error
 
     def encode_prompt(self, prompt: str | list[str], lyrics: str | list[str], *args, **kwargs):
         """diffusers', with the same lyrics for all prompts where they are one text: it fails then, though that is its
@@ -210,32 +221,35 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
         try:
             adapter_name = adapter_name or free_name(self.transformer)
             if not hotswap and adapter_name in getattr(self.transformer, "peft_config", {}):
-                raise ValueError(f"the name {adapter_name} already in use; unload that one, or choose another")
+                raise ValueError(f"the name {adapter_name} is in use already; unload that one, or choose another")
+            if "." in adapter_name or hasattr(torch.nn.ModuleDict(), adapter_name):
+                raise ValueError(f"{adapter_name!r} can't be an adapter's name; take one without dots")
             shapes = layer_shapes(self.transformer)
             # All checks come before diffusers changes the transformer: it does not restore it when one fails.
             adapter = load_adapter(source, layer_shapes=shapes, strict=strict, **where)
             if not adapter.modules:
                 return
-            if is_plain_lora(adapter):
-                state_dict, metadata = diffusers_state(adapter)
-                self.load_lora_into_transformer(
-                    state_dict,
-                    self.transformer,
-                    adapter_name=adapter_name,
-                    metadata=metadata,
-                    _pipeline=self,
-                    low_cpu_mem_usage=low_cpu_mem_usage,
-                    hotswap=hotswap,
-                )
-            else:
-                adapter_hotswap.load(
-                    self.transformer,
-                    None,
-                    None,
-                    adapter_name=adapter_name,
-                    hotswap=hotswap,
-                    load_anew=lambda *_: install_factors(self.transformer, adapter, adapter_name),
-                )
+            with quiet_loading():
+                if is_plain_lora(adapter):
+                    state_dict, metadata = diffusers_state(adapter)
+                    self.load_lora_into_transformer(
+                        state_dict,
+                        self.transformer,
+                        adapter_name=adapter_name,
+                        metadata=metadata,
+                        _pipeline=self,
+                        low_cpu_mem_usage=low_cpu_mem_usage,
+                        hotswap=hotswap,
+                    )
+                else:
+                    adapter_hotswap.load(
+                        self.transformer,
+                        None,
+                        None,
+                        adapter_name=adapter_name,
+                        hotswap=hotswap,
+                        load_anew=lambda *_: install_factors(self.transformer, adapter, adapter_name),
+                    )
             if not hotswap:
                 # PEFT turns off the adapters of the same kind only.
                 self.set_adapters(adapter_name)

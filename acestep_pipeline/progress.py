@@ -17,8 +17,8 @@ def progress_bar(**arguments) -> tqdm:
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence the bars that diffusers and transformers draw for a loading of seconds, torch's deprecation of the
-    `weight_norm` that diffusers' Oobleck uses, and diffusers' wonder at the `timestep_mu` and `timestep_sigma` in a
-    converted DiT's config, which training reads. Downloads keep their bars."""
+    `weight_norm` that diffusers' Oobleck uses, diffusers' wonder at the `timestep_mu` and `timestep_sigma` in a
+    converted DiT's config, which training reads, and PEFT's at a second adapter. Downloads keep their bars."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -30,6 +30,7 @@ def quiet_loading() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute", category=UserWarning)
             yield
     finally:
         configs.removeFilter(_is_of_interest)

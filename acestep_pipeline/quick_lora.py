@@ -34,15 +34,10 @@ def add_lora(
     Returns:
         False, with nothing changed, where this is for diffusers to do: another kind of adapter, quantised or offloaded
         layers, layers that hold another kind already, what does not fit.
-
-    Raises:
-        ValueError: PyTorch can't take the name.
     """
     factors = read_factors(state_dict, metadata)
     if not factors or metadata is None or adapter_name in getattr(transformer, "peft_config", {}):
         return False
-    if "." in adapter_name or hasattr(torch.nn.ModuleDict(), adapter_name):
-        raise ValueError(f"{adapter_name!r} can't be an adapter's name; take one without dots")
     layers = {name: _find(transformer, name) for name in factors}
     if _is_offloaded(transformer) or not all(_fits(layers[name], new) for name, new in factors.items()):
         return False

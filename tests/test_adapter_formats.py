@@ -1,8 +1,11 @@
 """Adapters of every trainer in our pipeline: each layer changes by exactly what that trainer's formula says."""
 
+import warnings
+
 import pytest
 import torch
 from diffusers import AceStepTransformer1DModel
+from peft import LoKrConfig, inject_adapter_in_model
 
 from acestep_pipeline import ACEStepPipeline
 from tests.adapter_files import FAMILIES, comfyui, differences, lycoris
@@ -65,7 +68,9 @@ def test_kinds_beside_each_other_add_up(first, transformer, pipeline, tmp_path):
     if first == "LyCORIS, lokr":
         written[:2] = written[1::-1]
     for name, one in zip(("first", "second", None), written, strict=True):
-        pipeline.load_lora_weights(one.source, adapter_name=name)
+        with warnings.catch_warnings():  # PEFT's about a second adapter
+            warnings.simplefilter("error")
+            pipeline.load_lora_weights(one.source, adapter_name=name)
         assert pipeline.get_active_adapters() == [name or "default_2"]
         found = differences(pipeline.transformer)
         for name, delta in one.deltas.items():
@@ -84,3 +89,11 @@ def test_any_kind_takes_the_place_of_any_other(transformer, pipeline, tmp_path):
         assert pipeline.get_active_adapters() == ["slot"]
         for name, delta in differences(pipeline.transformer).items():
             torch.testing.assert_close(delta, written.deltas[name], rtol=1e-4, atol=1e-5)
+
+
+def test_peft_still_warns_of_a_second_adapter(transformer):
+    """`progress.quiet_loading` silences it; once PEFT is silent of itself, that line can go."""
+    model = AceStepTransformer1DModel.from_config(transformer.config)
+    inject_adapter_in_model(LoKrConfig(target_modules=["to_q"]), model, adapter_name="first")
+    with pytest.warns(UserWarning, match="Already found a `peft_config` attribute"):
+        inject_adapter_in_model(LoKrConfig(target_modules=["to_q"]), model, adapter_name="second")

@@ -427,7 +427,7 @@ def test_wrong_adapters_are_refused_and_leave_the_pipeline_as_it_was(
         save_file(change(state_dict), directory / LORA_WEIGHTS_NAME)
         cases += [(directory, (str(directory), said)), (change(state_dict), ("given as a state dict", said))]
     if loaded_before:
-        cases.append((adapters["two"], ("one already in use",)))
+        cases.append((adapters["two"], ("one is in use already",)))
 
     capfd.readouterr()
     for source, parts in cases:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from acestep_pipeline import cli
 from acestep_pipeline.adapter_formats.locate import load_adapter
+from acestep_pipeline.errors import UsageError
+from acestep_pipeline.pipeline import resolve_checkpoint
 from tests.adapter_files import comfyui, differences, lora, lycoris, peft_folder
 from tests.test_adapter_writing import assert_close, deltas, in_comfyui, in_peft
 from tests.test_adapters import velocity
@@ -51,6 +53,8 @@ def test_convert_to_every_format(sources, transformer, tiny_dir, tmp_path, capsy
     assert run("adapters", "convert", written.source, "--to", "merged", "--output", tmp_path / "merged",
                "--pretrained_model_name_or_path", "tiny") == 0  # fmt: skip
     assert "32 changed layers" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="one component of a checkpoint .*transformer/"):
+        resolve_checkpoint(str(tmp_path / "merged"))
     merged = AceStepTransformer1DModel.from_pretrained(tmp_path / "merged")
     name = "layers.2.cross_attn.to_v"
     expected = transformer.get_submodule(name).weight + written.deltas[name]

@@ -273,6 +273,22 @@ def test_ctrl_c_leaves_the_finished_files(tmp_path):
     assert all(path.suffix in (".wav", ".json") for path in tmp_path.iterdir())
 
 
+def test_ctrl_c_while_a_file_is_written_waits_for_it(tmp_path, monkeypatch, capfd):
+    from acestep_pipeline import files
+
+    def interrupted(path, text, write=files.write_text):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        write(path, text)
+
+    monkeypatch.setattr(files, "write_text", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert run_generate(tmp_path / "out.wav", "--variations", "3") == 130
+    assert "Stopped: 1 of 3 files are finished." in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out_seed0.json", "out_seed0.wav"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_generate_in_bf16(tmp_path, monkeypatch):
     """Forced here, where it is slow: every component must take what the one before it gives."""
     from acestep_pipeline import hardware

@@ -107,5 +107,7 @@ def test_names_that_pytorch_does_not_take(tiny_dir, adapters, name):
     pipeline = ACEStepPipeline.from_pretrained(tiny_dir)
     with pytest.raises(UsageError, match=f"'{name}' can't be an adapter's name; take one without dots"):
         pipeline.load_lora_weights(adapters["lora"], adapter_name=name)
+    with pytest.raises(UsageError, match=f"'{name}' can't be an adapter's name"):  # which diffusers loads
+        pipeline.load_lora_weights(adapters["dora"], adapter_name=name)
     pipeline.load_lora_weights(adapters["lora"], adapter_name="good")
     assert pipeline.get_active_adapters() == ["good"]

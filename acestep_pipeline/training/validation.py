@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from ..data.text.languages import LANGUAGES, UNKNOWN
 from ..generation import SamplingSettings, write_comparison
 from ..pipeline import ACEStepPipeline
 from ..progress import progress_bar
@@ -15,8 +16,14 @@ def choose_prompts(
     """The prompts to listen to: the user's one with several seeds, else those of the first distinct tracks."""
     if prompt is not None:
         return [PromptFields(prompt=prompt, audio_duration=duration_s)] * num_samples
-    distinct = list(dict.fromkeys(dataclasses.replace(fields, audio_duration=duration_s) for fields in trained_on))
+    distinct = list(dict.fromkeys(_to_be_heard(fields, duration_s) for fields in trained_on))
     return [distinct[index % len(distinct)] for index in range(num_samples)]
+
+
+def _to_be_heard(fields: PromptFields, duration_s: float) -> PromptFields:
+    """A track may be in a language that the model doesn't know, which the pipeline would refuse."""
+    language = fields.vocal_language if fields.vocal_language in LANGUAGES else UNKNOWN
+    return dataclasses.replace(fields, audio_duration=duration_s, vocal_language=language)
 
 
 def write_samples(
