@@ -175,6 +175,7 @@ def test_wrong_content_is_refused_and_the_pipeline_plays_on(tiny_pipeline, good,
             except BaseException as error:
                 error.add_note(label)
                 raise
+    check_refused(tiny_pipeline, {"state_dict": tensors}, "'state_dict' is no tensor but dict", before)
 
 
 def test_the_command_for_a_pickle_converts_it(tiny_pipeline, good, tmp_path):

@@ -29,7 +29,9 @@ class StoredTensors:
 
 
 def from_state_dict(state_dict: dict[str, torch.Tensor]) -> StoredTensors:
-    """Of a state dict, which is not changed."""
+    """Of a state dict, which is not changed; raises `ValueError` if it holds anything but tensors."""
+    if other := [name for name, value in state_dict.items() if not torch.is_tensor(value)]:
+        raise ValueError(f"{other[0]!r} is no tensor but {type(state_dict[other[0]]).__name__}")
     shapes = {str(name): tuple(tensor.shape) for name, tensor in state_dict.items()}
     return StoredTensors(shapes, lambda name: state_dict[name].detach())
 
