@@ -21,7 +21,8 @@ def test_killed_runs_end_like_one_left_alone(tmp_path):
 
 
 def test_what_differs_from_the_reference_is_seen(tmp_path):
-    for name in ("samples/a.wav", "checkpoint-2/adapter.safetensors", "best/x.safetensors", "validation.jsonl"):
+    samples = ("samples/a.wav", "checkpoint-2/adapter.safetensors", "best/x.safetensors")
+    for name in (*samples, "validation.jsonl", "effect.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"same")
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"same")

@@ -401,4 +401,4 @@ def test_only_the_transformer_is_in_memory_while_training(demo_dir, tmp_path):
     finally:
         handle.remove()
     assert encoding == [3]
-    assert training == [0, 0]
+    assert len(training) >= 2 and not any(training)  # two updates, and the measuring of the effect
