@@ -139,11 +139,11 @@ def merge(args: argparse.Namespace) -> int:
     """`adapters merge`."""
     from .adapter_formats import write
     from .adapter_formats.combine import combine
-    from .files import sha256, write_text
+    from .files import is_taken, sha256, write_text
     from .paths import LORA_WEIGHTS_NAME
 
     pairs = [split_weight(source) for source in args.sources]
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+    if is_taken(args.output):
         raise UsageError(f"--output {args.output} exists and is not empty; name another.")
     adapters, sources = [], []
     for source, weight in pairs:

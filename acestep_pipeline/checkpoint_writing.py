@@ -1,8 +1,5 @@
 """A checkpoint in the original layout, written once more in diffusers' layout, one component at a time."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,6 +15,8 @@ from .checkpoint_conversion import (
     load_vae,
 )
 from .errors import RunError, UsageError
+from .files import is_taken, replacing_directory
+from .paths import probe_writable
 from .progress import progress_bar, quiet_loading
 
 # What is copied in memory at a time; weights that are only renamed stay in the mapped file until then.
@@ -34,23 +33,18 @@ def write_diffusers_checkpoint(source: OriginalCheckpoint, directory: Path) -> P
         RunError: the disk is full.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if is_taken(directory):
         raise UsageError(f"{directory} exists already and is not an empty folder; name another, or remove it.")
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".partial-{directory.name}-", dir=directory.parent))
+        probe_writable(directory.parent)
     except OSError as error:
         raise UsageError(f"{directory} can't be written ({error.strerror}); name a folder that can.") from error
     try:
-        with quiet_loading():
-            _write_components(source, temporary)
-            _write_index(temporary)
-        temporary.chmod(0o777 & ~_umask())
-        os.replace(temporary, directory)
+        with quiet_loading(), replacing_directory(directory) as replacement, replacement() as new:
+            _write_components(source, new)
+            _write_index(new)
     except OSError as error:
         raise RunError(f"{directory} can't be written: {error.strerror or error}; nothing of it was kept.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return directory
 
 
@@ -81,9 +75,3 @@ def _write_index(directory: Path) -> None:
     components["tokenizer"] = AutoTokenizer.from_pretrained(directory / "tokenizer")
     components["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(directory / "scheduler")
     AceStepPipeline(**components).save_config(directory)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask

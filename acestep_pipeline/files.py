@@ -38,6 +38,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_taken(directory: Path) -> bool:
+    """Whether something lies where a new folder is to be written: a file, or a folder that is not empty."""
+    return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+
+
 @contextlib.contextmanager
 def replacing_directory(directory: Path) -> Iterator[Callable[[], contextlib.AbstractContextManager[Path]]]:
     """Hold `directory` for one writer, who may put a new one in its place.

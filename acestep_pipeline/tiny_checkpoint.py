@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from .errors import RunError, UsageError
+from .files import is_taken
 from .paths import cache_dir
 from .progress import quiet_loading
 
@@ -160,7 +161,7 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 0) -> Path:
         UsageError: `directory` exists and is not empty, or can't be written.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if is_taken(directory):
         raise UsageError(f"{directory} exists already and is not an empty folder; name another, or remove it.")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from ..errors import UsageError
-from ..files import replacing_directory
+from ..files import is_taken, replacing_directory
 from ..progress import progress_bar
 from .base_weights import BaseWeights
 from .deltas import delta_weight
@@ -30,7 +30,7 @@ def write_merged(adapter: Adapter, base: BaseWeights, directory: Path, *, scale:
         UsageError: the directory exists and is not empty.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if is_taken(directory):
         raise UsageError(f"--output {directory} exists and is not empty; name another.")
     # Of the dtypes in the file, but without any content: the plan of the shards needs no more.
     plan = {name: torch.empty_like(base.get(name), device="meta") for name in base.shapes}
