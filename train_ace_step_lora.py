@@ -79,8 +79,8 @@ def train(args: argparse.Namespace) -> None:
     import torch
     from accelerate.utils.memory import clear_device_cache
 
-    from acestep_pipeline.adapter_settings import describe_kind
-    from acestep_pipeline.adapters import save_lora
+    from acestep_pipeline.adapters.settings import describe_kind
+    from acestep_pipeline.adapters.trainable import save_lora
     from acestep_pipeline.data import batching
     from acestep_pipeline.hardware import describe_device
     from acestep_pipeline.progress import progress_bar

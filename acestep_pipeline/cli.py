@@ -6,9 +6,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from . import adapters_command, doctor, generate_command, storage_command
+from . import doctor
+from .commands import adapters as adapters_command
+from .commands import generate as generate_command
+from .commands import storage as storage_command
+from .commands.model_arguments import add_model_arguments, load_pipeline
 from .errors import UsageError, one_sentence_errors
-from .model_arguments import add_model_arguments, load_pipeline
 from .paths import cache_dir, default_data
 from .presets import preset_names
 from .version import __version__

@@ -10,11 +10,11 @@ import torch
 from diffusers import AceStepPipeline
 from safetensors import SafetensorError
 
-from . import adapter_hotswap
-from .adapter_formats.install import diffusers_state, free_name, install_factors, is_plain_lora, layer_shapes
-from .adapter_formats.locate import load_adapter
-from .adapter_switching import AdapterSwitching
-from .adapter_weights import check_not_fused
+from .adapters import hotswap as adapter_hotswap
+from .adapters.formats.install import diffusers_state, free_name, install_factors, is_plain_lora, layer_shapes
+from .adapters.formats.locate import load_adapter
+from .adapters.switching import AdapterSwitching
+from .adapters.weights import check_not_fused
 from .checkpoint_conversion import (
     SILENCE_LATENT_NAME,
     TEXT_ENCODER_DIR,
@@ -26,9 +26,9 @@ from .checkpoint_conversion import (
 )
 from .condition_mask import padding_hidden
 from .errors import UsageError
-from .hub import download, looks_like_path
 from .progress import quiet_loading
 from .prompt_fields import checked_request
+from .storage.hub import download, looks_like_path
 from .tiny_checkpoint import TINY_NAME, tiny_checkpoint_path
 
 # The repository that holds the VAE and the text encoder which every 2 B variant shares.

@@ -28,8 +28,8 @@ from diffusers.pipelines.ace_step import AceStepConditionEncoder
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline import ACEStepPipeline
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapters import add_lora, save_lora
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.trainable import add_lora, save_lora
 from acestep_pipeline.progress import quiet_loading
 from acestep_pipeline.tiny_checkpoint import LATENT_CHANNELS, tiny_checkpoint_path
 

@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline import ACEStepPipeline
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapters import add_lora, save_lora
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.trainable import add_lora, save_lora
 from acestep_pipeline.estimation.model_shapes import SHAPES, num_parameters
 from acestep_pipeline.paths import LORA_WEIGHTS_NAME
 from acestep_pipeline.progress import quiet_loading

@@ -20,8 +20,8 @@ from diffusers import AceStepTransformer1DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapters import add_lora
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.condition_mask import ConditionMask
 from acestep_pipeline.estimation.memory_use import Batch, Precision, inspect_adapter, predict_update
 from acestep_pipeline.estimation.model_shapes import SHAPES

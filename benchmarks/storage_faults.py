@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from acestep_pipeline.errors import RunError, UsageError  # noqa: E402
-from acestep_pipeline.publishing import find_release, publish, read_latest  # noqa: E402
-from acestep_pipeline.release_manifest import MANIFEST_NAME  # noqa: E402
-from acestep_pipeline.release_pull import pull_release  # noqa: E402
-from acestep_pipeline.store_care import verify  # noqa: E402
-from acestep_pipeline.stores import open_store  # noqa: E402
+from acestep_pipeline.storage.publishing import find_release, publish, read_latest  # noqa: E402
+from acestep_pipeline.storage.release_manifest import MANIFEST_NAME  # noqa: E402
+from acestep_pipeline.storage.release_pull import pull_release  # noqa: E402
+from acestep_pipeline.storage.store_care import verify  # noqa: E402
+from acestep_pipeline.storage.stores import open_store  # noqa: E402
 from tests.fault_proxy import faulty  # noqa: E402
 from tests.s3_server import S3Server, running_s3_server  # noqa: E402
 

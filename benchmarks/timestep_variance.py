@@ -27,7 +27,7 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from acestep_pipeline.adapter_settings import LoraSettings
+from acestep_pipeline.adapters.settings import LoraSettings
 from acestep_pipeline.data.batching import BatchLoader, EpochPlanner
 from acestep_pipeline.data.draws import DrawSettings
 from acestep_pipeline.data.text.variants import TextOptions

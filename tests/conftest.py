@@ -75,7 +75,7 @@ def adapter_dir(tiny_dir, tmp_path_factory) -> Path:
     import torch
 
     from acestep_pipeline import ACEStepPipeline
-    from acestep_pipeline.adapters import LoraSettings, add_lora, save_lora
+    from acestep_pipeline.adapters.trainable import LoraSettings, add_lora, save_lora
 
     transformer = ACEStepPipeline.from_pretrained(tiny_dir).transformer
     add_lora(transformer, LoraSettings(r=4, lora_alpha=8.0), seed=0)

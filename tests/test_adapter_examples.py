@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acestep_pipeline.adapter_settings import LoraSettings
+from acestep_pipeline.adapters.settings import LoraSettings
 from acestep_pipeline.data.audio import read_audio
 from tests.test_adapters import save_trained
 

@@ -9,9 +9,9 @@ from diffusers import AceStepPipeline, AceStepTransformer1DModel
 from torch._dynamo.utils import counters
 
 from acestep_pipeline import ACEStepPipeline
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapter_weights import adapter_layers
-from acestep_pipeline.adapters import save_lora
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.trainable import save_lora
+from acestep_pipeline.adapters.weights import adapter_layers
 from acestep_pipeline.errors import UsageError
 from tests.test_adapters import trained, velocity
 

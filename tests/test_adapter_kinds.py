@@ -147,8 +147,8 @@ def test_a_lokr_beside_a_lora_and_of_another_size(tiny_dir, tiny_pipeline, tmp_p
     """Refused in one sentence, with the pipeline as it was."""
     from safetensors.torch import load_file, save_file
 
-    from acestep_pipeline.adapter_settings import LoraSettings
-    from acestep_pipeline.adapters import add_lora, save_lora
+    from acestep_pipeline.adapters.settings import LoraSettings
+    from acestep_pipeline.adapters.trainable import add_lora, save_lora
 
     transformer = AceStepTransformer1DModel.from_pretrained(tiny_dir, subfolder="transformer")
     add_lora(transformer, LoraSettings(adapter_type="lokr", r=64), seed=0)

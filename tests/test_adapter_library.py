@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from acestep_pipeline import ACEStepPipeline
-from acestep_pipeline.adapter_library import AdapterLibrary
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapter_weights import adapter_layers, loaded_adapters
+from acestep_pipeline.adapters.library import AdapterLibrary
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.weights import adapter_layers, loaded_adapters
 from acestep_pipeline.data.latent_cache import fingerprint
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.paths import LORA_WEIGHTS_NAME
@@ -245,7 +245,7 @@ def test_a_library_on_s3(s3_folder, shelf, pipeline, tmp_path, expected):
 
 HUB_PROGRAM = """
 import json, sys
-from acestep_pipeline.adapter_library import AdapterLibrary
+from acestep_pipeline.adapters.library import AdapterLibrary
 from acestep_pipeline.errors import UsageError
 for root in json.loads(sys.argv[1]):
     try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import AceStepTransformer1DModel
 
-from acestep_pipeline.adapter_formats.locate import load_adapter, locate
+from acestep_pipeline.adapters.formats.locate import load_adapter, locate
 from acestep_pipeline.errors import UsageError
 from tests.adapter_files import comfyui, diffsynth, lora, lycoris, peft_folder, simpletuner
 from tests.hub_server import serve_hub
@@ -124,7 +124,7 @@ def test_s3_adapters_load_and_nothing_else_is_fetched(folders, tiny_pipeline, s3
 
 LOCATE = """
 import json, sys
-from acestep_pipeline.adapter_formats.locate import locate
+from acestep_pipeline.adapters.formats.locate import locate
 from acestep_pipeline.errors import UsageError
 for name, options in json.loads(sys.argv[2]):
     try:

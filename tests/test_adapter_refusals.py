@@ -132,7 +132,7 @@ def bad_state_dicts(good: dict[str, torch.Tensor]) -> dict[str, tuple[dict[str, 
 @pytest.fixture(scope="module")
 def good(tiny_dir, tmp_path_factory) -> Path:
     """The file of an adapter that loads."""
-    from acestep_pipeline.adapter_settings import LoraSettings
+    from acestep_pipeline.adapters.settings import LoraSettings
     from tests.test_adapters import save_trained
 
     directory = save_trained(tiny_dir, tmp_path_factory.mktemp("good"), LoraSettings(r=4, lora_alpha=12.0), seed=1)
@@ -188,7 +188,7 @@ def test_the_command_for_a_pickle_converts_it(tiny_pipeline, good, tmp_path):
 
 
 def test_a_file_larger_than_the_memory_is_refused(tiny_pipeline, good, monkeypatch):
-    from acestep_pipeline.adapter_formats import read
+    from acestep_pipeline.adapters.formats import read
 
     monkeypatch.setattr(read, "memory_available_bytes", lambda: 50_000)
     with pytest.raises(UsageError, match="it holds 0.0 GB of tensors, more than the memory that is free"):
@@ -264,8 +264,8 @@ def test_other_kinds_of_another_size(tiny_pipeline, tmp_path):
 
 def test_an_adapter_for_xl_on_the_2b_model_and_the_other_way_round():
     """By their real shapes (no weights are needed for that)."""
-    from acestep_pipeline.adapter_formats.install import layer_shapes
-    from acestep_pipeline.adapter_formats.locate import load_adapter
+    from acestep_pipeline.adapters.formats.install import layer_shapes
+    from acestep_pipeline.adapters.formats.locate import load_adapter
 
     with torch.device("meta"):
         base = layer_shapes(AceStepTransformer1DModel())

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import AceStepTransformer1DModel
 
-from acestep_pipeline.adapter_settings import LoraSettings, parse_blocks, parse_targets, read_lora_config
-from acestep_pipeline.adapters import add_lora, resolve_pattern, resolve_target_modules
+from acestep_pipeline.adapters.settings import LoraSettings, parse_blocks, parse_targets, read_lora_config
+from acestep_pipeline.adapters.trainable import add_lora, resolve_pattern, resolve_target_modules
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.training import arguments
 from acestep_pipeline.training.argument_checks import check_args

@@ -8,8 +8,8 @@ import torch
 from peft import OFTConfig
 
 from acestep_pipeline import ACEStepPipeline
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapter_weights import ActiveAdapters, adapter_layers
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.weights import ActiveAdapters, adapter_layers
 from acestep_pipeline.errors import UsageError
 from tests.test_adapters import save_trained, velocity
 

@@ -10,13 +10,13 @@ from diffusers import AceStepPipeline, AceStepTransformer1DModel
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from acestep_pipeline.adapter_formats.bake import write_merged
-from acestep_pipeline.adapter_formats.base_weights import BaseWeights
-from acestep_pipeline.adapter_formats.combine import combine
-from acestep_pipeline.adapter_formats.deltas import delta_weight
-from acestep_pipeline.adapter_formats.locate import load_adapter
-from acestep_pipeline.adapter_formats.record import Adapter
-from acestep_pipeline.adapter_formats.write import write_comfyui, write_diffusers, write_peft
+from acestep_pipeline.adapters.formats.bake import write_merged
+from acestep_pipeline.adapters.formats.base_weights import BaseWeights
+from acestep_pipeline.adapters.formats.combine import combine
+from acestep_pipeline.adapters.formats.deltas import delta_weight
+from acestep_pipeline.adapters.formats.locate import load_adapter
+from acestep_pipeline.adapters.formats.record import Adapter
+from acestep_pipeline.adapters.formats.write import write_comfyui, write_diffusers, write_peft
 from acestep_pipeline.errors import UsageError
 from tests.adapter_files import FAMILIES, Names, comfyui, differences, linears, lora, original_decoder, peft_folder
 from tests.original_layout import write_original_checkpoint
@@ -231,7 +231,7 @@ def test_baked_in(family, layout, transformer, tiny_dir, tiny_pipeline, tmp_path
 
 
 def test_baked_in_by_shards_in_the_base_dtype(transformer, tiny_dir, tmp_path, monkeypatch):
-    from acestep_pipeline.adapter_formats import bake
+    from acestep_pipeline.adapters.formats import bake
 
     written = comfyui(transformer, tmp_path / "source")
     transformer = AceStepTransformer1DModel.from_pretrained(tiny_dir, subfolder="transformer").to(torch.bfloat16)

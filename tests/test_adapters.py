@@ -12,14 +12,20 @@ from diffusers import AceStepPipeline, AceStepTransformer1DModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from acestep_pipeline.adapter_settings import (
+from acestep_pipeline.adapters.settings import (
     DEFAULT_TARGET_MODULES,
     LoraSettings,
     describe,
     parse_targets,
     read_lora_config,
 )
-from acestep_pipeline.adapters import LORA_WEIGHTS_NAME, add_lora, lora_state_dict, resolve_target_modules, save_lora
+from acestep_pipeline.adapters.trainable import (
+    LORA_WEIGHTS_NAME,
+    add_lora,
+    lora_state_dict,
+    resolve_target_modules,
+    save_lora,
+)
 from acestep_pipeline.errors import UsageError
 
 # Plain diffusers' Oobleck, loaded here for comparison, uses it.

@@ -10,7 +10,7 @@ from diffusers import AceStepTransformer1DModel
 from safetensors.torch import load_file, save_file
 
 from acestep_pipeline import cli
-from acestep_pipeline.adapter_formats.locate import load_adapter
+from acestep_pipeline.adapters.formats.locate import load_adapter
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.pipeline import resolve_checkpoint
 from tests.adapter_files import comfyui, differences, lora, lycoris, peft_folder

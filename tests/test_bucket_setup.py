@@ -7,10 +7,10 @@ from pathlib import Path
 import boto3
 import pytest
 
-from acestep_pipeline import bucket_setup
-from acestep_pipeline.bucket_setup import ROLES, access_policy, lifecycle_rules, set_up_bucket
 from acestep_pipeline.cli import main
 from acestep_pipeline.errors import UsageError
+from acestep_pipeline.storage import bucket_setup
+from acestep_pipeline.storage.bucket_setup import ROLES, access_policy, lifecycle_rules, set_up_bucket
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Folder, running_s3_server
 from tests.test_publishing import FILES, write
 from tests.test_storage_command import storage
@@ -114,7 +114,7 @@ def test_a_role_may_do_its_work_and_nothing_else(role, writes, bucket, tmp_path,
     bucket.client.put_object(Bucket=bucket.server.bucket, Key=stray, Body=b"stray")
     later = time.time() + 1e6
     with monkeypatch.context() as patch:
-        patch.setattr("acestep_pipeline.store_care.time.time", lambda: later)
+        patch.setattr("acestep_pipeline.storage.store_care.time.time", lambda: later)
         status, out, err = storage(capfd, "gc", f"lora/{new}")
     if role == "keeper":
         assert status == 0 and "removed 1 objects" in out

@@ -6,8 +6,8 @@ from diffusers import AceStepTransformer1DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapters import add_lora
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.estimation import compute_time
 from acestep_pipeline.estimation.compute_time import pass_seconds, pass_work
 from acestep_pipeline.estimation.gpus import find_gpu

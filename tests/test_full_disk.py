@@ -12,7 +12,8 @@ import soundfile
 from safetensors.torch import load_file
 
 import train_ace_step_lora
-from acestep_pipeline import adapters, cli, generation, tiny_checkpoint
+from acestep_pipeline import cli, generation, tiny_checkpoint
+from acestep_pipeline.adapters import trainable as adapters
 from acestep_pipeline.data import latent_cache
 from acestep_pipeline.errors import RunError
 from acestep_pipeline.training import final_report, manifest, run_directory, tracking, validator

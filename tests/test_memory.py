@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from acestep_pipeline.adapters import LoraSettings, add_lora
+from acestep_pipeline.adapters.trainable import LoraSettings, add_lora
 from acestep_pipeline.conditioning import encode_condition
 from acestep_pipeline.data.latent_cache import encode_latents
 from acestep_pipeline.errors import UsageError

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import AceStepTransformer1DModel
 
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapters import add_lora
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.estimation.memory_use import Batch, Precision, activation_bytes, inspect_adapter
 from acestep_pipeline.training.memory import enable_gradient_checkpointing
 from acestep_pipeline.training.optimization import build_optimizer

@@ -7,10 +7,10 @@ import torch
 from peft import OFTConfig
 
 from acestep_pipeline import ACEStepPipeline
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapter_weights import adapter_layers, check_weights
+from acestep_pipeline.adapters.mixed_batch import adapters_by_item, check_choices
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.weights import adapter_layers, check_weights
 from acestep_pipeline.errors import UsageError
-from acestep_pipeline.mixed_batch import adapters_by_item, check_choices
 from tests.test_adapters import save_trained, velocity
 
 SETTINGS = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading, group_offloading
 
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapters import add_lora
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.pipeline import ACEStepPipeline
 from acestep_pipeline.quantization import quantize_base
 from acestep_pipeline.training.memory import enable_gradient_checkpointing

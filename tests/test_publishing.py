@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from acestep_pipeline import release_pull, s3_store
-from acestep_pipeline.adapter_shelves import list_adapters, read_manifest
+from acestep_pipeline.adapters.shelves import list_adapters, read_manifest
 from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.paths import LORA_WEIGHTS_NAME
-from acestep_pipeline.publishing import commit, find_release, publish, read_history, read_latest, rollback
-from acestep_pipeline.release_manifest import MANIFEST_NAME, new_release, parse_manifest
-from acestep_pipeline.release_pull import pull_release
-from acestep_pipeline.storage import local_copy
-from acestep_pipeline.store_care import collect_garbage, find_garbage_places, find_published, verify
-from acestep_pipeline.stores import open_store
+from acestep_pipeline.storage import release_pull, s3_store
+from acestep_pipeline.storage.copies import local_copy
+from acestep_pipeline.storage.publishing import commit, find_release, publish, read_history, read_latest, rollback
+from acestep_pipeline.storage.release_manifest import MANIFEST_NAME, new_release, parse_manifest
+from acestep_pipeline.storage.release_pull import pull_release
+from acestep_pipeline.storage.store_care import collect_garbage, find_garbage_places, find_published, verify
+from acestep_pipeline.storage.stores import open_store
 from tests.s3_server import corrupting_proxy, deaf_proxy
 from tests.test_storage import content, identities, noise
 
@@ -236,7 +236,7 @@ def test_a_publisher_that_is_killed_leaves_the_release_before(place, tmp_path):
     push(write(tmp_path / "run", FILES), place.address)
     new = write(tmp_path / "new", {f"{number:03d}": noise(str(number), 200_000) for number in range(100)})
     code = (
-        "from pathlib import Path; from acestep_pipeline.publishing import publish; "
+        "from pathlib import Path; from acestep_pipeline.storage.publishing import publish; "
         f"publish(Path({str(new)!r}), {place.address!r}, force=True, num_workers=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -304,7 +304,7 @@ def test_a_pull_that_was_cut_goes_on_with_what_is_right(place, tmp_path):
     push(write(tmp_path / "run", files), place.address)
     copy, partial = tmp_path / "copy", tmp_path / ".partial-copy"
     code = (
-        "from pathlib import Path; from acestep_pipeline.release_pull import pull_release; "
+        "from pathlib import Path; from acestep_pipeline.storage.release_pull import pull_release; "
         f"pull_release({place.address!r}, Path({str(copy)!r}), num_workers=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -478,7 +478,7 @@ def test_gc_removes_what_no_manifest_names_and_only_when_it_is_old(place, tmp_pa
     with pytest.raises(UsageError, match="may be a publication under way"):
         collect_garbage(place.address, older_than_s=60, dry_run=False)
     later = time.time() + 2 * day
-    monkeypatch.setattr("acestep_pipeline.store_care.time.time", lambda: later)
+    monkeypatch.setattr("acestep_pipeline.storage.store_care.time.time", lambda: later)
     assert find_garbage_places(place.address) == [place.address]
     tried = collect_garbage(place.address, older_than_s=day, dry_run=True)
     assert [stored.key for stored in tried.content] == [stray] and place.objects() == before
@@ -501,7 +501,7 @@ def test_gc_gives_up_uploads_that_were_never_finished(s3_folder, tmp_path, monke
     )
     assert collect_garbage(address, older_than_s=7200, dry_run=False).num_young == 1
     later = time.time() + 1e6
-    monkeypatch.setattr("acestep_pipeline.store_care.time.time", lambda: later)
+    monkeypatch.setattr("acestep_pipeline.storage.store_care.time.time", lambda: later)
     assert len(collect_garbage(address, older_than_s=7200, dry_run=False).unfinished) == 1
     assert open_store(address).unfinished("content/") == []
 

@@ -7,11 +7,12 @@ import torch
 from diffusers import AceStepTransformer1DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from acestep_pipeline import ACEStepPipeline, quick_lora
-from acestep_pipeline.adapter_formats.install import diffusers_state
-from acestep_pipeline.adapter_formats.locate import load_adapter
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapter_weights import adapter_layers
+from acestep_pipeline import ACEStepPipeline
+from acestep_pipeline.adapters import quick_lora
+from acestep_pipeline.adapters.formats.install import diffusers_state
+from acestep_pipeline.adapters.formats.locate import load_adapter
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.weights import adapter_layers
 from acestep_pipeline.errors import UsageError
 from tests.test_adapters import save_trained, velocity
 

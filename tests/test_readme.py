@@ -12,7 +12,8 @@ import pytest
 import soundfile
 from accelerate.commands.launch import launch_command_parser
 
-from acestep_pipeline import adapters, cli
+from acestep_pipeline import cli
+from acestep_pipeline.adapters import trainable as adapters
 from acestep_pipeline.presets import load_preset, preset_names
 from acestep_pipeline.training import arguments
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from acestep_pipeline import storage
 from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.paths import cache_dir
-from acestep_pipeline.s3 import RemoteFile, fetch, is_intact, open_client, s3_errors
-from acestep_pipeline.s3_listing import PULL_FOLDER, file_names, list_objects
-from acestep_pipeline.storage import is_remote, local_copy
+from acestep_pipeline.storage import copies as storage
+from acestep_pipeline.storage.copies import is_remote, local_copy
+from acestep_pipeline.storage.s3 import RemoteFile, fetch, is_intact, open_client, s3_errors
+from acestep_pipeline.storage.s3_listing import PULL_FOLDER, file_names, list_objects
 from tests.s3_server import corrupting_proxy
 
 
@@ -119,7 +119,7 @@ def test_three_hundred_small_objects_and_kill_9_in_the_middle(s3_folder, tmp_pat
     files = {f"{number % 7}/{number:03d}.txt": noise(str(number), 1000 + number) for number in range(300)}
     s3_folder.put(files)
     copy = tmp_path / "copy"
-    code = f"from acestep_pipeline.storage import pull; pull({s3_folder.url!r}, {str(copy)!r}, num_workers=1)"
+    code = f"from acestep_pipeline.storage.copies import pull; pull({s3_folder.url!r}, {str(copy)!r}, num_workers=1)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
     while len(content(copy)) < 20:
         assert process.poll() is None
@@ -145,8 +145,8 @@ def test_two_pulls_into_one_folder_wait_for_each_other(s3_folder, tmp_path):
 
 
 def test_objects_in_parts_are_fetched_in_parts_and_checked(s3_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("acestep_pipeline.s3.LARGE_BYTES", 8 << 20)
-    monkeypatch.setattr("acestep_pipeline.storage.LARGE_BYTES", 8 << 20)
+    monkeypatch.setattr("acestep_pipeline.storage.s3.LARGE_BYTES", 8 << 20)
+    monkeypatch.setattr("acestep_pipeline.storage.copies.LARGE_BYTES", 8 << 20)
     whole = noise("large", 20 << 20)
     s3_folder.client.upload_fileobj(io.BytesIO(whole), s3_folder.server.bucket, f"{s3_folder.name}/large.bin")
     (file,) = list_objects(s3_folder.url)
@@ -178,7 +178,7 @@ def test_what_arrives_damaged_is_fetched_again_and_given_up_when_it_stays_so(s3_
 
 @pytest.mark.parametrize("large_bytes", [64 << 20, 1])
 def test_an_object_that_changes_after_it_was_listed_is_not_taken(s3_folder, tmp_path, monkeypatch, large_bytes):
-    monkeypatch.setattr("acestep_pipeline.s3.LARGE_BYTES", large_bytes)
+    monkeypatch.setattr("acestep_pipeline.storage.s3.LARGE_BYTES", large_bytes)
     s3_folder.put({"x": b"old", "y": b"gone"})
     x, y = list_objects(s3_folder.url)
     s3_folder.put({"x": b"new"})

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from acestep_pipeline.cli import main
+from acestep_pipeline.commands.storage import address_of
 from acestep_pipeline.errors import UsageError
-from acestep_pipeline.release_manifest import MANIFEST_NAME, check_names, files_to_publish, parse_manifest
-from acestep_pipeline.storage_command import address_of
-from acestep_pipeline.stores import open_store
+from acestep_pipeline.storage.release_manifest import MANIFEST_NAME, check_names, files_to_publish, parse_manifest
+from acestep_pipeline.storage.stores import open_store
 from tests.test_publishing import write
 from tests.test_storage import content
 

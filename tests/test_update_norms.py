@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from acestep_pipeline.adapter_settings import LoraSettings
-from acestep_pipeline.adapters import add_lora
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.quantization import quantize_base
 from acestep_pipeline.training.effect_report import describe_update, draw_update_norms
 from acestep_pipeline.training.update_norms import ModuleNorm, group_by, measure_update_norms, relative_norm

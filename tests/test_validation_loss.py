@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 import train_ace_step_lora
-from acestep_pipeline.adapters import LoraSettings, add_lora
+from acestep_pipeline.adapters.trainable import LoraSettings, add_lora
 from acestep_pipeline.condition_mask import ConditionMask
 from acestep_pipeline.data.batching import keyed_generator
 from acestep_pipeline.data.latent_cache import LatentCache, load_condition, load_latents, prepare_tracks

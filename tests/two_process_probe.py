@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import train_ace_step_lora
 from acestep_pipeline import flow_matching
-from acestep_pipeline.adapters import lora_state_dict
+from acestep_pipeline.adapters.trainable import lora_state_dict
 from acestep_pipeline.data import batching, latent_cache
 from acestep_pipeline.training import parallelism, setup
 

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from ..errors import UsageError
-from ..storage import local_copy
+from ..storage.copies import local_copy
 from .building.splits import choose_holdout
 from .dataset_rows import disk_splits, hub_splits
 from .tracks import Problem, Track, load_tracks

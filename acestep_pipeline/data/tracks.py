@@ -16,7 +16,7 @@ from ..engines import map_in_order
 from ..errors import UsageError
 from ..files import sha256
 from ..progress import progress_bar
-from ..storage import local_copy
+from ..storage.copies import local_copy
 from .audio import AUDIO_SUFFIXES, AudioError, AudioInfo, probe_audio
 from .dataset_rows import EmbeddedAudio, disk_records, hub_records
 from .text.fields import fill_missing

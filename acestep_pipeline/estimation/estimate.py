@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..adapters import add_lora
+from ..adapters.trainable import add_lora
 from ..conditioning import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS
 from ..data.batching import EpochPlanner, MicroBatch
 from ..data.held_out import load_train_and_held_out

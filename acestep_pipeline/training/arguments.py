@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ..adapter_settings import read_lora_config
+from ..adapters.settings import read_lora_config
 from ..presets import load_preset, preset_names
 from .memory import QUANTIZATION_PACKAGES
 from .objective import TIMESTEP_COMPONENTS, WEIGHTING_SCHEMES

@@ -13,7 +13,7 @@ from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..adapters import save_lora
+from ..adapters.trainable import save_lora
 from ..errors import RunError, UsageError
 from ..files import flush_to_disk, write_tensors
 from ..paths import LORA_WEIGHTS_NAME

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapter_formats.write import comfyui_name, export
+from ..adapters.formats.write import comfyui_name, export
 from ..data.latent_cache import CachedTrack
 from ..files import write_text
 from ..model_card import write_model_card

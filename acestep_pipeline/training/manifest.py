@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..files import flush_to_disk, sha256
-from ..release_manifest import MANIFEST_NAME, Manifest, describe_file
+from ..storage.release_manifest import MANIFEST_NAME, Manifest, describe_file
 
 
 def seal(directory: Path) -> None:

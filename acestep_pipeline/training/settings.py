@@ -6,7 +6,7 @@ The functions take the namespace of `arguments.parse_args`; nothing below them i
 import argparse
 from pathlib import Path
 
-from ..adapter_settings import LoraSettings, describe_kind, parse_blocks, parse_targets
+from ..adapters.settings import LoraSettings, describe_kind, parse_blocks, parse_targets
 from ..data.text.normalisation import normalise_tags
 from ..data.text.variants import TextOptions
 from ..errors import UsageError

@@ -14,8 +14,8 @@ from accelerate.utils import (
     release_memory,
 )
 
-from ..adapter_settings import LoraSettings, describe
-from ..adapters import add_lora
+from ..adapters.settings import LoraSettings, describe
+from ..adapters.trainable import add_lora
 from ..condition_mask import ConditionMask
 from ..data.held_out import load_train_and_held_out
 from ..data.latent_cache import CachedTrack, LatentCache, fingerprint, prepare_tracks

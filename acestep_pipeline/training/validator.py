@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..adapters import save_lora
+from ..adapters.trainable import save_lora
 from ..data.latent_cache import CachedTrack
 from ..files import write_tensors
 from ..paths import LORA_WEIGHTS_NAME

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import UsageError
 from ...paths import without_secrets
 from ...prompt_fields import INSTRUMENTAL
-from ...storage import is_remote
+from ...storage.copies import is_remote
 from ...version import __version__
 from ..tracks import Track, dataset_fingerprint, describe_missing_tags
 from .analysis import Finding, Measurements

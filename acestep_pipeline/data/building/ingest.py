@@ -12,7 +12,7 @@ from ...errors import UsageError
 from ...files import replacing_directory
 from ...paths import probe_writable
 from ...progress import progress_bar
-from ...storage import local_copy
+from ...storage.copies import local_copy
 from ..audio import AudioError
 from ..tracks import Track, load_tracks
 from .analysis import Finding, Measurements, judge

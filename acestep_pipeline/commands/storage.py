@@ -1,0 +1,225 @@
+"""`acestep-lora storage`: releases on S3 or a shared disk, by name."""
+
+import argparse
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from ..data.text.text_files import one_line
+from ..errors import RunError, UsageError
+from ..storage.copies import NUM_WORKERS, is_remote
+from ..storage.release_manifest import Manifest
+from ..storage.s3 import shown
+
+ROOT_VARIABLE = "ACESTEP_S3_ROOT"
+# The layout below the root: what a name begins with.
+KINDS = ("models", "lora", "datasets", "trajectories", "results")
+_PART = r"[^\W_][\w.+-]{0,99}"
+_RESERVED = {"content", "releases", "manifest.json"}
+_NAME_HELP = f"e.g. lora/my-adapter, below ${ROOT_VARIABLE}; or s3://bucket/…, or a folder's path (/…, ./…)"
+
+
+def add_arguments(actions: argparse._SubParsersAction, add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Declare the actions; `add(actions, name, description, run)` makes the parser of one."""
+    action = add(actions, "init", "make a bucket, or set one up, and print what its users must be allowed", _init)
+    action.add_argument("address", nargs="?", help=f"s3://bucket or s3://bucket/prefix; unset: ${ROOT_VARIABLE}")
+    action.add_argument("--dry-run", action="store_true", help="only say what would be set, and print the policies")
+
+    action = add(actions, "ls", "list what is published, or the releases of one name", _ls)
+    action.add_argument("name", nargs="?", default="", help=f"{_NAME_HELP}; a part of it lists what is below it")
+
+    action = add(actions, "push", "publish a folder: all of it or nothing, and only what is not there yet", _push)
+    action.add_argument("directory", type=Path, help="a run's output directory, a dataset, …")
+    action.add_argument("name", help=_NAME_HELP)
+    action.add_argument("--version", help="a tag for this release, e.g. v1.2")
+    action.add_argument("--message", help="a remark, kept with the release")
+    action.add_argument("--force", action="store_true", help="add a release to a name that has one; the old ones stay")
+    action.add_argument("--include_checkpoints", action="store_true", help="checkpoint-<n>/ and optimizer state, too "
+                        "(hidden files never)")  # fmt: skip
+    _add_transfer_arguments(action)
+
+    action = add(actions, "pull", "fetch a release into a new folder, checked by SHA-256; goes on after a cut", _pull)
+    action.add_argument("name", help=_NAME_HELP)
+    action.add_argument("directory", type=Path, help="a new folder")
+    action.add_argument("--version", help="a release's tag or number (default: the latest)")
+    action.add_argument("--force", action="store_true", help="replace a folder that an earlier pull brought")
+    _add_transfer_arguments(action)
+
+    action = add(actions, "verify", "read the content of a release and compare its SHA-256", _verify)
+    action.add_argument("name", help=_NAME_HELP)
+    group = action.add_mutually_exclusive_group()
+    group.add_argument("--version", help="a release's tag or number (default: the latest)")
+    group.add_argument("--all", action="store_true", help="of every release")
+    _add_transfer_arguments(action)
+
+    action = add(actions, "rollback", "make an earlier release the latest again, as a new release", _rollback)
+    action.add_argument("name", help=_NAME_HELP)
+    action.add_argument("version", help="the release's tag or number")
+
+    action = add(actions, "gc", "remove content that no release names: of pushes that were cut", _gc)
+    action.add_argument("name", help=f"{_NAME_HELP}; a part of it takes every name below it")
+    action.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    action.add_argument("--older-than-h", type=float, default=24.0, metavar="H", help="leave alone what is younger: "
+                        "it may be a push under way (default: 24 hours, at least 2)")  # fmt: skip
+
+
+def _add_transfer_arguments(action: argparse.ArgumentParser) -> None:
+    action.add_argument("--num_workers", type=_count, default=NUM_WORKERS, metavar="N", help="requests at a time "
+                        f"(default: {NUM_WORKERS})")  # fmt: skip
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of requests; give 1 or more")
+    return int(text)
+
+
+def address_of(name: str, *, partly: bool = False) -> str:
+    """The address that a name stands for: itself if it is one (`s3://…` or a path), else below the root.
+
+    Args:
+        partly: whether a part of a name, or none, will do.
+
+    Raises:
+        UsageError: it is no name, or the root is not set.
+    """
+    if is_remote(name) or name.startswith(("/", "./", "../", "~")) or name in (".", ".."):
+        return name
+    parts = name.strip("/").split("/") if name.strip("/") else []
+    wrong = [part for part in parts if not re.fullmatch(_PART, part) or part.lower() in _RESERVED]
+    if wrong or (parts and parts[0] not in KINDS) or (len(parts) < 2 and not partly):
+        kinds = ", ".join(f"{kind}/" for kind in KINDS)
+        raise UsageError(
+            f"{one_line(name)!r} is no name to publish under: write {kinds} and then letters, digits and . _ + -, "
+            "e.g. lora/my-adapter; or a whole address (s3://bucket/…, /a/folder, ./folder)."
+        )
+    root = os.environ.get(ROOT_VARIABLE)
+    if not root:
+        raise UsageError(
+            f"{ROOT_VARIABLE} is not set: set it to s3://your-bucket (or a shared folder), or give a whole address "
+            "instead of a name."
+        )
+    return "/".join([root.rstrip("/"), *parts])
+
+
+def _init(args: argparse.Namespace) -> int:
+    from ..storage.bucket_setup import ROLES, access_policy, set_up_bucket
+
+    address = args.address or address_of("", partly=True)
+    if not is_remote(address):
+        raise UsageError(f"{one_line(address)} is no bucket; write s3://bucket. A folder needs no set-up.")
+    for sentence in set_up_bucket(address, dry_run=args.dry_run):
+        print(sentence)
+    for role, may in ROLES.items():
+        print(f"\nIAM policy for a {role} ({may}):")
+        print(json.dumps(access_policy(role, address), indent=2))
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from ..storage.publishing import publish
+
+    address = address_of(args.name)
+    published = publish(
+        args.directory,
+        address,
+        version=args.version,
+        message=args.message,
+        force=args.force,
+        include_checkpoints=args.include_checkpoints,
+        num_workers=args.num_workers,
+    )
+    manifest = published.manifest
+    if published.left_out:
+        checkpoints = [name for name in published.left_out if not re.search(r"(^|/)\.", name)]
+        hint = "; --include_checkpoints takes those of checkpoints" if checkpoints else ""
+        print(f"Left out {len(published.left_out)} files, e.g. {one_line(published.left_out[0])}{hint}")
+    if published.is_new:
+        print(f"Published {shown(address)}: {_describe(manifest)}; {_megabytes(published.sent_bytes)} were sent")
+    else:
+        print(f"{shown(address)} has these files already: {_describe(manifest)}; nothing was sent")
+    print(f"Next: acestep-lora storage pull {shlex.quote(args.name)} my_copy")
+    return 0
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from ..storage.release_pull import pull_release
+
+    address = address_of(args.name)
+    manifest, fetched = pull_release(
+        address, args.directory, version=args.version, force=args.force, num_workers=args.num_workers
+    )
+    print(f"{one_line(str(args.directory))} is {shown(address)}: {_describe(manifest)}; {_megabytes(fetched)} fetched")
+    return 0
+
+
+def _ls(args: argparse.Namespace) -> int:
+    from ..storage.publishing import read_history
+    from ..storage.store_care import find_published
+    from ..storage.stores import open_store
+
+    address = address_of(args.name, partly=True)
+    found = list(find_published(address))
+    if found and found[0][0] == "" and found[0][1] is not None:
+        for manifest in read_history(open_store(address), found[0][1]):
+            print(f"{_describe(manifest)}{f'  ({one_line(manifest.message)})' if manifest.message else ''}")
+        for file in found[0][1].files:
+            print(f"{file.size:>14,}  {file.sha256[:12]}  {one_line(file.file)}")
+        return 0
+    above = "" if address == args.name or not args.name else f"{args.name.strip('/')}/"
+    for name, manifest in found:
+        print(f"{above}{one_line(name) or '.'}  {_describe(manifest) if manifest else 'its manifest is damaged'}")
+    if not found:
+        print(f"nothing is published below {shown(address)}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ..storage.store_care import verify
+
+    address = address_of(args.name)
+    releases, damage = verify(address, version=args.version, every_release=args.all, num_workers=args.num_workers)
+    if damage:
+        print("\n".join(damage))
+        raise RunError(f"{shown(address)}: {len(damage)} files are not what was published.")
+    for manifest in releases:
+        print(f"Intact: {_describe(manifest)}")
+    return 0
+
+
+def _rollback(args: argparse.Namespace) -> int:
+    from ..storage.publishing import rollback
+
+    address = address_of(args.name)
+    manifest = rollback(address, args.version)
+    print(f"Published {shown(address)}: {_describe(manifest)} ({manifest.message})")
+    return 0
+
+
+def _gc(args: argparse.Namespace) -> int:
+    from ..storage.store_care import collect_garbage, find_garbage_places
+
+    address = address_of(args.name, partly=True)
+    for place in find_garbage_places(address):
+        garbage = collect_garbage(place, older_than_s=args.older_than_h * 3600, dry_run=args.dry_run)
+        did = "would remove" if args.dry_run else "removed"
+        print(
+            f"{shown(place)}: {did} {len(garbage.content)} objects of {_megabytes(garbage.size)} and "
+            f"{len(garbage.unfinished)} unfinished uploads; left {garbage.num_young} that are younger than "
+            f"{args.older_than_h:g} h"
+        )
+    return 0
+
+
+def _describe(manifest: Manifest) -> str:
+    number = "not published" if manifest.release is None else f"release {manifest.release}"
+    version = f" {manifest.version}" if manifest.version else ""
+    created = f", {manifest.created}" if manifest.created else ""
+    return f"{number}{version}, {len(manifest.files)} files, {_megabytes(manifest.size)}{created}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,257 @@
+"""Bring what lies under an `s3://` address into a folder, checked and resumable.
+
+A folder that was pulled remembers in `.ace-step-pull/index.json` which objects it holds, so the
+next pull fetches only what changed and removes only what a pull brought.
+"""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from ..data.text.text_files import one_line
+from ..engines import map_in_order
+from ..errors import UsageError
+from ..files import write_text
+from ..paths import cache_dir, free_space_bytes, probe_writable
+from ..progress import progress_bar
+from .s3 import LARGE_BYTES, RemoteFile, fetch, open_client, parse_address, s3_errors, shown
+from .s3_listing import PULL_FOLDER, list_files
+
+# Requests in flight: at ~10 ms for each, enough that small files don't wait for one another.
+NUM_WORKERS = 8
+
+_INDEX_INTERVAL_S = 2.0
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is an `s3://` address rather than a path."""
+    return str(location).startswith("s3://")
+
+
+def local_copy(
+    location: str,
+    *,
+    choose: Callable[[list[str]], Iterable[str]] | None = None,
+    num_workers: int = NUM_WORKERS,
+    show_progress: bool = True,
+) -> Path:
+    """The folder that holds what is at a location: a path itself, or an `s3://` address pulled into the cache.
+
+    The copy lies in `cache_dir()/s3/<bucket>/<prefix>` and is brought up to date by each call: all of it, or what
+    `choose` takes of the files' names (relative to the address). Raises as `pull` and `choose` do.
+    """
+    if not is_remote(location):
+        return Path(location).expanduser()
+    bucket, folder = parse_address(location)
+    root = cache_dir() / "s3" / bucket
+    # One index for the bucket, so that copies of a folder and of a folder in it are the same files.
+    _mirror(location, root, root_key="", choose=choose, num_workers=num_workers, show_progress=show_progress)
+    return root / folder
+
+
+def pull(url: str, directory: Path, *, num_workers: int = NUM_WORKERS, show_progress: bool = True) -> Path:
+    """Make `directory` hold every object under `s3://bucket/prefix`, under its key without the prefix.
+
+    Each file appears under its name when it is complete, its size right, and its checksums too: those that S3 sends
+    with a whole object (CRC-32, SHA-1, SHA-256), and the MD5 that the ETag is unless the object is encrypted with a
+    key of one's own. What earlier pulls of this address brought is not fetched again if its size and ETag are still
+    those of the object, and is removed once the object is gone. Other files in `directory` are left alone. A pull
+    that was stopped, even by kill -9, is continued by the next; processes that pull into one folder wait for one
+    another. The server's empty "directory" objects (keys that end in /) are passed over.
+
+    Args:
+        url: `s3://bucket/prefix`, taken as a folder.
+        directory: created if need be.
+        num_workers: requests at a time.
+        show_progress: draw a bar of bytes.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        UsageError: boto3 or credentials are missing, the bucket can't be read or holds nothing there, a key is no
+            safe file name, a file in `directory` is in the way, or there is no room.
+        RunError: the transfer broke; what has arrived is kept.
+    """
+    bucket, folder = parse_address(url)
+    _mirror(url, Path(directory), root_key=folder, num_workers=num_workers, show_progress=show_progress)
+    return Path(directory)
+
+
+def _mirror(
+    url: str,
+    root: Path,
+    *,
+    root_key: str,
+    choose: Callable[[list[str]], Iterable[str]] | None = None,
+    num_workers: int,
+    show_progress: bool,
+) -> None:
+    """Make the objects under `url` files of `root`, where `root` stands for the key `root_key` ("" or ending in /)."""
+    bucket, folder = parse_address(url)
+    with s3_errors(url):
+        client = open_client(num_workers)
+        wanted = list_files(client, url, root_key)
+    if not wanted:
+        raise UsageError(f"{shown(url)} holds no files; name a folder of the bucket that does.")
+    with _pulling(root):
+        index = _Index.read(root, f"s3://{bucket}/{root_key}")
+        index.remove(name for name in index.files.keys() - wanted.keys() if name.startswith(folder[len(root_key) :]))
+        if choose is not None:
+            above = folder[len(root_key) :]
+            chosen = set(choose([name.removeprefix(above) for name in wanted]))
+            wanted = {name: file for name, file in wanted.items() if name.removeprefix(above) in chosen}
+        todo = {name: file for name, file in wanted.items() if not index.holds(name, file)}
+        if not todo:
+            return
+        _check_room(root, todo, index)
+        index.files.update(dict.fromkeys(todo))
+        index.write()
+        with s3_errors(url):
+            _fetch_all(client, bucket, todo, index, num_workers=num_workers, show_progress=show_progress)
+
+
+# --- the folder and what it remembers --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _pulling(root: Path) -> Iterator[None]:
+    """Alone with `root`, which can be written; what the file system refuses becomes one sentence."""
+    from filelock import FileLock
+
+    own = root / PULL_FOLDER
+    with file_errors(root):
+        probe_writable(own)
+        own.mkdir(parents=True, exist_ok=True)
+        with FileLock(own / "lock"):
+            for leftover in (own / "partial", *own.glob(".partial-*")):  # a killed pull's, and a killed write_text's
+                shutil.rmtree(leftover, ignore_errors=True)
+            (own / "partial").mkdir()
+            try:
+                yield
+            finally:
+                shutil.rmtree(own / "partial", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def file_errors(root: Path, done: str = "written") -> Iterator[None]:
+    """Turn what the file system refuses below `root` into one sentence: what can't be `done`."""
+    try:
+        yield
+    except OSError as error:
+        where = one_line(str(error.filename2 or error.filename or root))
+        fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that, or name another folder"
+        raise UsageError(f"{where} can't be {done} ({error.strerror or error}); {fix}.") from error
+
+
+@dataclass
+class _Index:
+    """Which files of a folder came from where: name → the object, or None for one that was still on its way."""
+
+    root: Path
+    source: str
+    files: dict[str, RemoteFile | None]
+
+    @classmethod
+    def read(cls, root: Path, source: str) -> "_Index":
+        path = root / PULL_FOLDER / "index.json"
+        if not path.exists():
+            return cls(root, source, {})
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            files = {name: entry and RemoteFile(**entry) for name, entry in content["files"].items()}
+            known = str(content["source"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"{path} is damaged; delete the folder {root} and pull again.") from None
+        if known != source:
+            raise UsageError(f"{root} holds a copy of {one_line(known)}; name another folder for {one_line(source)}.")
+        return cls(root, source, files)
+
+    def write(self) -> None:
+        files = {name: file and vars(file) for name, file in self.files.items()}
+        content = json.dumps({"source": self.source, "files": files}, ensure_ascii=False)
+        write_text(self.root / PULL_FOLDER / "index.json", content)
+
+    def path(self, name: str) -> Path:
+        """The file's path, which no symbolic link leads out of the folder."""
+        path = self.root / name
+        if not path.parent.resolve().is_relative_to(self.root.resolve()):
+            raise UsageError(f"{one_line(str(path.parent))} leads out of {self.root}; remove the link.")
+        return path
+
+    def holds(self, name: str, file: RemoteFile) -> bool:
+        path = self.root / name
+        return self.files.get(name) == file and path.is_file() and path.stat().st_size == file.size
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files whose objects are gone, and folders that are empty then."""
+        names = list(names)
+        for name in names:
+            path = self.path(name)
+            path.unlink(missing_ok=True)
+            for parent in list(path.parents)[: len(PurePath(name).parts) - 1]:
+                try:
+                    parent.rmdir()
+                except OSError:
+                    break  # something else is in it, or it went with another file
+            del self.files[name]
+        if names:
+            self.write()
+
+
+def _check_room(root: Path, todo: dict[str, RemoteFile], index: _Index) -> None:
+    for name in todo:
+        if name not in index.files and os.path.lexists(index.path(name)):
+            raise UsageError(f"{one_line(str(root / name))} is in the way and not from a pull; name another folder.")
+    size = sum(file.size for file in todo.values())
+    free = free_space_bytes(root)
+    if size > free:
+        raise UsageError(f"{root} has {free / 1e9:.1f} GB free and {size / 1e9:.1f} GB are to come; make room.")
+
+
+# --- transfer --------------------------------------------------------------------------------------------------------
+
+
+def _fetch_all(
+    client: Any, bucket: str, todo: dict[str, RemoteFile], index: _Index, *, num_workers: int, show_progress: bool
+) -> None:
+    total = sum(file.size for file in todo.values())
+    bar = progress_bar(total=total, desc="Downloading", unit="B", unit_scale=True, disable=not show_progress)
+    lock = threading.Lock()
+
+    def count(size: int) -> None:
+        with lock:
+            bar.update(size)
+
+    def place(numbered: tuple[int, str], threads: int = 1) -> str:
+        number, name = numbered
+        partial = index.root / PULL_FOLDER / "partial" / str(number)
+        fetch(client, bucket, todo[name], partial, threads=threads, count=count)
+        path = index.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial, path)
+        return name
+
+    numbered = list(enumerate(todo))
+    small = [item for item in numbered if todo[item[1]].size < LARGE_BYTES]
+    large = [item for item in numbered if todo[item[1]].size >= LARGE_BYTES]
+    written = time.monotonic()
+    with bar:
+        try:
+            placed = map_in_order(place, small, num_workers=num_workers)
+            for name in itertools.chain(placed, (place(item, num_workers) for item in large)):
+                index.files[name] = todo[name]
+                if time.monotonic() - written > _INDEX_INTERVAL_S:
+                    index.write()
+                    written = time.monotonic()
+        finally:
+            index.write()

@@ -1,0 +1,267 @@
+"""The objects under one `s3://` address: list them, fetch one and check it, and say in one sentence what S3 refuses.
+
+boto3 finds the credentials (environment, `~/.aws`, the machine's role) and the server: `AWS_ENDPOINT_URL` names any
+S3-compatible one. It is an optional package, imported when it is used.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.text.text_files import one_line
+from ..errors import RunError, UsageError
+from ..paths import without_secrets
+
+# Larger objects come one after another in parallel parts; smaller ones beside each other, each in one request.
+LARGE_BYTES = 64 * 1024**2
+
+_ADDRESS = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/(.*))?", re.DOTALL)
+_ATTEMPTS = 3
+_MAY_NOT_WRITE = (
+    "these credentials may not write there; ask for s3:PutObject on it (for gc: s3:DeleteObject and "
+    "s3:ListBucketMultipartUploads)"
+)
+_CREDENTIALS_FIX = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`"
+_REFUSED = {
+    "NoSuchBucket": "there is no such bucket at THE_SERVER; correct the name, or AWS_ENDPOINT_URL",
+    "SignatureDoesNotMatch": f"the credentials are wrong; {_CREDENTIALS_FIX}",
+    "InvalidAccessKeyId": f"the credentials are not known at THE_SERVER; {_CREDENTIALS_FIX}",
+    "AccessDenied": "these credentials may not read it; ask for s3:ListBucket and s3:GetObject on it",
+    "BadDigest": "what arrived there is not what was sent; run it again",
+    "XAmzContentChecksumMismatch": "what arrived there is not what was sent; run it again",
+    "PermanentRedirect": "the bucket is in another region; set AWS_DEFAULT_REGION to it",
+    "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_DEFAULT_REGION to it",
+    "ExpiredToken": "the credentials have expired; renew them",
+    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+}
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """An object: its full key, its size in bytes and its ETag, which changes with its content."""
+
+    key: str
+    size: int
+    etag: str
+
+
+def parse_address(url: str) -> tuple[str, str]:
+    """The bucket, and the folder's key: "" for the whole bucket, else ending in /."""
+    match = _ADDRESS.fullmatch(url)
+    if match is None:
+        raise UsageError(f"{shown(url)} is not an address; write s3://bucket/folder, without keys or passwords.")
+    folder = (match[2] or "").rstrip("/")
+    return match[1], f"{folder}/" if folder else ""
+
+
+def shown(url: str) -> str:
+    """An address on one line and without secrets, for messages."""
+    return one_line(url if _ADDRESS.fullmatch(url) else without_secrets(url))
+
+
+def open_client(num_workers: int) -> Any:
+    """A client for so many requests at a time, with boto3's settings and credentials. Call it within `s3_errors`.
+
+    It is botocore's own, without the methods that boto3 adds: made in an eighth of the time.
+    """
+    import botocore.session
+    from botocore.config import Config
+
+    # Three attempts of 3.5 s, with up to 1 and 2 s between them: a server that can't be reached is said within 15 s.
+    config = Config(
+        retries={"mode": "standard"}, connect_timeout=3.5, read_timeout=60, max_pool_connections=max(10, num_workers)
+    )
+    try:
+        session = botocore.session.Session()
+        session.register_component("data_loader", _description_of_s3())
+        return session.create_client("s3", config=config)
+    except ValueError:  # botocore's "Invalid endpoint"
+        raise UsageError(f"AWS_ENDPOINT_URL {_endpoint()} is no address; write http(s)://host:port.") from None
+
+
+@functools.cache
+def _description_of_s3() -> Any:
+    """What botocore reads of the services' descriptions, read once."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
+
+
+def _endpoint() -> str:
+    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return one_line(without_secrets(address)) if address else "the S3 server"
+
+
+def list_folder(client: Any, bucket: str, folder: str) -> list[RemoteFile]:
+    """Every object whose key begins with `folder`, in the order of the keys."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder)
+    return [
+        RemoteFile(entry["Key"], entry["Size"], entry["ETag"]) for page in pages for entry in page.get("Contents", [])
+    ]
+
+
+@contextlib.contextmanager
+def s3_errors(url: str, *, writing: bool = False) -> Iterator[None]:
+    """Turn what boto3 raises while reading (or `writing`) into one sentence. Nothing of its own texts is passed on:
+    some hold addresses with passwords in them (a proxy's, an endpoint's)."""
+    try:
+        import boto3.session  # noqa: F401 - what `open_client` needs
+        from botocore import exceptions as failures
+        from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
+    except ImportError:
+        raise UsageError(f"{shown(url)} needs boto3: pip install 'ace-step-lora[s3]'.") from None
+    wanted, name = shown(url), lambda error: type(error).__name__
+    endpoint = _endpoint()
+    try:
+        yield
+    except failures.ClientError as error:
+        code = one_line(str(error.response.get("Error", {}).get("Code", "")))
+        if code in ("NoSuchKey", "PreconditionFailed") or (code == "404" and error.operation_name == "HeadObject"):
+            raise RunError(f"{wanted} changed while it was read; run it again, what is complete is kept.") from None
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+            raise RunError(f"{wanted}: {endpoint} is busy or broken ({code}); run it again later.") from None
+        if writing and code == "AccessDenied":
+            raise UsageError(f"{wanted}: {_MAY_NOT_WRITE}.") from None
+        reason = _REFUSED.get(code, f"THE_SERVER refused it ({code}); check the address and the credentials")
+        reason = reason.replace("THE_SERVER", endpoint)
+        raise UsageError(f"{wanted}: {reason}.") from None
+    except S3DownloadFailedError:
+        raise RunError(f"{wanted} changed while it was read; run it again, what is complete is kept.") from None
+    except (RetriesExceededError, failures.IncompleteReadError, failures.ResponseStreamingError) as error:
+        raise RunError(f"{wanted}: the connection broke ({name(error)}); run it again to continue.") from None
+    except (failures.NoCredentialsError, failures.PartialCredentialsError, failures.ProfileNotFound) as error:
+        raise UsageError(f"{wanted}: no credentials ({name(error)}); {_CREDENTIALS_FIX}.") from None
+    except (failures.ConnectionClosedError, failures.ReadTimeoutError) as error:
+        reason = f"the connection to {endpoint} broke ({name(error)})"
+        raise RunError(f"{wanted}: {reason}; run it again to continue, or check AWS_ENDPOINT_URL.") from None
+    except (failures.ConnectionError, failures.HTTPClientError) as error:
+        raise UsageError(f"{wanted}: {endpoint} can't be reached ({name(error)}); check AWS_ENDPOINT_URL.") from None
+    except failures.BotoCoreError as error:  # a credential source that fails, a damaged configuration, …
+        raise UsageError(f"{wanted} can't be read ({name(error)}); check the AWS settings.") from None
+
+
+def read_object(client: Any, bucket: str, key: str, *, max_bytes: int) -> tuple[bytes, str] | None:
+    """A small object and its ETag, read again if it arrives damaged; None where there is none.
+
+    What tells is the checksum that S3 sends along, or else an ETag that is the content's MD5. Call it within
+    `s3_errors`. Raises `UsageError` where it is larger, `RunError` where it stays damaged.
+    """
+    from botocore.exceptions import ClientError, FlexibleChecksumError, IncompleteReadError, ResponseStreamingError
+
+    where = f"s3://{bucket}/{one_line(key)}"
+    for _ in range(_ATTEMPTS):
+        try:
+            answer = client.get_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            # 404 where the answer's body, which has the code, was cut.
+            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                return None
+            raise
+        if answer["ContentLength"] > max_bytes:
+            raise UsageError(f"{where} is larger than {max_bytes} bytes, which it can't rightly be.")
+        try:
+            # To the end: botocore looks at the checksum only there.
+            data = b"".join(answer["Body"].iter_chunks(1 << 20))
+        except (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError):
+            continue
+        match = re.fullmatch(r'"?([0-9a-f]{32})"?', answer["ETag"])
+        encrypted = answer.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in answer
+        plain = match and not encrypted and not bucket.endswith("--x-s3")
+        if not plain or hashlib.md5(data, usedforsecurity=False).hexdigest() == match[1]:
+            return data, answer["ETag"]
+    raise RunError(f"{where} arrived damaged {_ATTEMPTS} times, or cut; run it again.")
+
+
+def fetch(
+    client: Any, bucket: str, file: RemoteFile, path: Path, *, threads: int, count: Callable[[int], None]
+) -> None:
+    """Download one object to `path`, again if it arrives damaged.
+
+    `count` is told how many bytes have arrived each time, and less than none where they are to come again. Call it
+    within `s3_errors`. Raises `RunError` when the object has changed since it was listed, or stays damaged.
+    """
+    from boto3.s3.transfer import TransferConfig, create_transfer_manager
+    from botocore.exceptions import FlexibleChecksumError
+    from s3transfer.subscribers import BaseSubscriber
+
+    arrived = 0
+
+    class Subscriber(BaseSubscriber):
+        def on_queued(self, future, **kwargs):  # what the listing said, which saves a request
+            future.meta.provide_transfer_size(file.size)
+            future.meta.provide_object_etag(file.etag)
+
+        def on_progress(self, future, bytes_transferred, **kwargs):
+            nonlocal arrived
+            arrived += bytes_transferred
+            count(bytes_transferred)
+            if arrived > file.size:  # before it fills the disk
+                raise RunError(f"s3://{bucket}/{one_line(file.key)} is larger than the server said it was.")
+
+    # The classic client: the other one has retries and a checksum policy of its own.
+    config = TransferConfig(
+        multipart_threshold=LARGE_BYTES,
+        max_concurrency=threads,
+        use_threads=threads > 1,
+        preferred_transfer_client="classic",
+    )
+    for _ in range(_ATTEMPTS):
+        try:
+            with create_transfer_manager(client, config) as manager:
+                manager.download(bucket, file.key, str(path), subscribers=[Subscriber()]).result()
+            if is_intact(client, bucket, file, path):
+                return
+        except FlexibleChecksumError:
+            pass  # as damaged as one whose MD5 is wrong
+        count(-arrived)
+        arrived = 0
+    raise RunError(
+        f"s3://{bucket}/{one_line(file.key)} arrived damaged {_ATTEMPTS} times, or changed meanwhile; run it again, "
+        "what is complete is kept."
+    )
+
+
+def is_intact(client: Any, bucket: str, file: RemoteFile, path: Path) -> bool:
+    """Whether a download has the size that was listed and, where the ETag is made of MD5s, those.
+
+    An ETag is the content's MD5; or, after an upload in parts, the MD5 of the parts' MD5s, a dash and their number.
+    It is neither for objects encrypted with KMS or a customer's key, nor in directory buckets (S3 user guide,
+    "Checking object integrity").
+    """
+    if path.stat().st_size != file.size:
+        return False
+    match = re.fullmatch(r'"?([0-9a-f]{32})(?:-(\d+))?"?', file.etag)
+    if not match or bucket.endswith("--x-s3"):
+        return True
+    if match[2] is None and _md5s(path, [file.size])[0].hex() == match[1]:
+        return True
+    parts = int(match[2] or 1)
+    request = {"Bucket": bucket, "Key": file.key} | ({"PartNumber": 1} if match[2] else {})
+    head = client.head_object(**request)
+    encrypted = head.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in head
+    if encrypted or match[2] is None:
+        return encrypted
+    first = head["ContentLength"]
+    if not first * (parts - 1) < file.size <= first * parts:
+        return True  # parts of unequal sizes, or a server that doesn't know parts: the size must do
+    sizes = [first] * (parts - 1) + [file.size - first * (parts - 1)]
+    return hashlib.md5(b"".join(_md5s(path, sizes)), usedforsecurity=False).hexdigest() == match[1]
+
+
+def _md5s(path: Path, sizes: list[int]) -> list[bytes]:
+    """The MD5 of each of a file's consecutive parts of so many bytes."""
+    digests = []
+    with path.open("rb") as file:
+        for size in sizes:
+            digest = hashlib.md5(usedforsecurity=False)
+            while size and (block := file.read(min(size, 1 << 20))):
+                digest.update(block)
+                size -= len(block)
+            digests.append(digest.digest())
+    return digests
