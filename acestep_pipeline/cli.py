@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--data", "--train_data_dir", help="folder of audio; unset: $ACESTEP_DATA, else /data, else ./data"
     )
-    command.add_argument("--gpu", help="e.g. 'RTX 3060', h100; unset: all known ones")
+    command.add_argument("--gpu", help="e.g. 'RTX 3060', h100; this: measure this machine; unset: all known ones")
     command.add_argument("--num_processes", type=int, default=1, help="how many of that GPU (default: 1)")
     command.add_argument("--config", choices=("2b", "xl"), help="the model's size; unset: the checkpoint's")
     command.add_argument(

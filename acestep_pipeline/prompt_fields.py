@@ -1,5 +1,6 @@
 """What the model is told about a clip, in words. No tensors, so that reading text does not wait for torch."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -11,6 +12,9 @@ from .errors import UsageError
 
 # What the model is trained for is 10 to 600 s; its silence buffer ends at 600 s.
 MAX_DURATION_S = 600.0
+
+# Tasks of the model that start from audio (`diffusers.pipelines.ace_step`).
+SOURCE_TASKS = ("cover", "repaint", "extract", "lego", "complete")
 
 INSTRUMENTAL = "[Instrumental]"
 
@@ -58,7 +62,8 @@ def checked_request(given: Mapping[str, Any]) -> dict[str, Any]:
     diffusers would take any text for a key or a language, and a duration of 0 for a minute.
 
     Raises:
-        UsageError: a duration, language, key, tempo or time signature that the model doesn't know.
+        UsageError: a duration, language, key, tempo or time signature that the model doesn't know; a path where audio
+            is meant, or a task without the audio that it starts from.
     """
     request = dict(given)
     duration_s = given.get("audio_duration")
@@ -67,6 +72,15 @@ def checked_request(given: Mapping[str, Any]) -> dict[str, Any]:
     lowest = float("-inf") if unset else 0.0
     if duration_s is not None and not (isinstance(duration_s, Real) and lowest < duration_s <= MAX_DURATION_S):
         raise UsageError(f"audio_duration must be above 0 and at most {MAX_DURATION_S:g} seconds, not {duration_s!r}.")
+    for name in ("src_audio", "reference_audio"):
+        if isinstance(given.get(name), str | os.PathLike):
+            raise UsageError(
+                f"{name} must be a waveform, a tensor [channels, samples] at 48 kHz, not the path "
+                f"{str(given[name])!r}; read the file first, or use `acestep-lora generate`."
+            )
+    task = given.get("task_type", "text2music")
+    if task in SOURCE_TASKS and given.get("src_audio") is None and given.get("audio_codes") is None:
+        raise UsageError(f"task_type={task!r} needs src_audio, a waveform at 48 kHz.")
     language = given.get("vocal_language")
     if isinstance(language, str):
         request["vocal_language"] = known_language(language)

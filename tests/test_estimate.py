@@ -1,12 +1,17 @@
 """`acestep-lora estimate`, as it is typed."""
 
 import re
+import time
 
 import pytest
+import torch
 
 from acestep_pipeline.cli import main
 from acestep_pipeline.errors import UsageError
-from acestep_pipeline.estimation.gpus import GPUS, find_gpu
+from acestep_pipeline.estimation import this_machine
+from acestep_pipeline.estimation.compute_time import Work, pass_seconds
+from acestep_pipeline.estimation.gpus import GPUS, Gpu, find_gpu
+from acestep_pipeline.estimation.memory_use import Batch, Precision
 from acestep_pipeline.estimation.model_shapes import SHAPES, choose_shape, num_parameters
 from acestep_pipeline.presets import load_preset, preset_names
 from acestep_pipeline.training.arguments import parse_args
@@ -89,7 +94,7 @@ def test_what_else_is_kept_and_done_counts(capsys, demo_dir):
     assert part("Samples at the end:", "--offload") < part("Samples at the end:") - 2
     assert "validations" not in say(capsys, *flags)[1]
     _, out, _ = say(capsys, *flags, "--validation_fraction", 0.4, "--offload")
-    assert " and 2 held out" in out and "validations " in out and "of the 31.5 GB/s of its PCI Express" in out
+    assert " and 2 held out" in out and "validations " in out and "of 31.5 GB/s)" in out
 
 
 def test_an_xl_preset_takes_the_xl_model(capsys, demo_dir, monkeypatch):
@@ -123,3 +128,22 @@ def test_without_a_gpu_all_are_listed_and_unknown_flags_are_refused(capsys, demo
     assert status == 2 and "is none of the known GPUs" in err
     status, _, err = say(capsys, "--data", demo_dir, "--no_such_flag", 1)
     assert status == 2 and "no_such_flag" in err
+
+
+def test_this_machine_is_measured_and_no_share_is_taken_off_what_it_reaches(capsys, demo_dir, monkeypatch):
+    monkeypatch.setattr(this_machine, "_BATCH", Batch(1, 50, 20))
+    monkeypatch.setattr(this_machine, "_COPIED_BYTES", 16 << 20)
+    flags = ("--data", demo_dir, "--min_duration_s", 1, "--config", "2b", "--preset", "smoke")
+    _, out, _ = say(capsys, *flags, "--gpu", "this", "--mixed_precision", "no")
+    assert "1 x this machine (" in out and "published" not in out
+    teraflops = float(re.search(r"Measured just now: ([\d.e-]+) TFLOP/s", out)[1])
+    rows, weight = torch.randn(750, 2048), torch.randn(2048, 2048)
+    started = time.perf_counter()
+    for _ in range(3):
+        rows @ weight
+    assert teraflops < 20 * 3 * 2 * 750 * 2048**2 / (time.perf_counter() - started) / 1e12, "of a wrong order"
+    work = Work(flops=1e15, bytes_moved=1e9, kernels=0)
+    figures = {"bf16_tflops": None, "fp32_tflops": 10.0, "bandwidth_gb_s": 100.0, "host_gb_s": 10.0, "source": ""}
+    measured = Gpu("a", 8, measured=True, **figures)
+    assert pass_seconds(work, measured, Precision(weight=4)) == pytest.approx(100 + 0.01)
+    assert pass_seconds(work, Gpu("b", 8, **figures), Precision(weight=4)) > 200

@@ -23,6 +23,8 @@ def pipeline(tiny_dir):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        ({"task_type": "cover"}, "task_type='cover' needs src_audio"),
+        ({"src_audio": "a.wav"}, "not the path 'a.wav'; read the file first"),
         ({"audio_duration": 0}, "audio_duration must be above 0 and at most 600 seconds, not 0"),
         ({"audio_duration": -1.0}, "not -1.0"),
         ({"audio_duration": 3000}, "not 3000"),

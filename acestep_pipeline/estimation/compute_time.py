@@ -1,4 +1,5 @@
-"""How long an update takes: floating-point operations and bytes moved, against what a GPU's maker says it can do.
+"""How long an update takes: floating-point operations and bytes moved, against what a GPU's maker says it can do, or
+what was measured on this machine.
 
 The operations are counted by formula (checked against `torch.utils.flop_counter` in `tests/test_compute_time.py`);
 the rates that are really reached are assumptions, named below.
@@ -126,16 +127,15 @@ def update_bytes(adapter: Adapter, state_bytes: float) -> float:
 def pass_seconds(work: Work, gpu: Gpu, precision: Precision) -> float:
     """Time of one pass: products and everything else after each other, or the launching of kernels if that is more."""
     peak = gpu.bf16_tflops if precision.weight == 2 and gpu.bf16_tflops else gpu.fp32_tflops
-    computing = work.flops / (peak * 1e12 * MATMUL_EFFICIENCY)
-    moving = work.bytes_moved / (gpu.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
-    return max(computing + moving, work.kernels * KERNEL_LAUNCH_S)
+    computing = work.flops / (peak * 1e12 * (1 if gpu.measured else MATMUL_EFFICIENCY))
+    return max(computing + move_seconds(work.bytes_moved, gpu), work.kernels * KERNEL_LAUNCH_S)
 
 
 def host_seconds(size_bytes: float, gpu: Gpu) -> float:
     """Time to move so many bytes between the host and the GPU, in one direction."""
-    return size_bytes / (gpu.host_gb_s * 1e9 * HOST_LINK_EFFICIENCY)
+    return size_bytes / (gpu.host_gb_s * 1e9 * (1 if gpu.measured else HOST_LINK_EFFICIENCY))
 
 
 def move_seconds(size_bytes: float, gpu: Gpu) -> float:
     """Time to move so many bytes through the GPU's memory."""
-    return size_bytes / (gpu.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
+    return size_bytes / (gpu.bandwidth_gb_s * 1e9 * (1 if gpu.measured else BANDWIDTH_EFFICIENCY))

@@ -24,6 +24,8 @@ class Gpu:
         bandwidth_gb_s: memory bandwidth, 10^9 bytes a second.
         host_gb_s: what its PCI Express link carries in one direction, 10^9 bytes a second.
         source: the publication to check the figures against.
+        measured: whether the figures are rates that were reached in a measurement (`this_machine.measure`), of which
+            no share is taken off.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Gpu:
     bandwidth_gb_s: float
     host_gb_s: float
     source: str
+    measured: bool = False
 
 
 _AMPERE, _ADA = "NVIDIA Ampere GA102 whitepaper", "NVIDIA Ada whitepaper"

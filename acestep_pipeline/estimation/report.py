@@ -14,6 +14,7 @@ from .estimate import USABLE_MEMORY, Estimate, estimate, fits, read_tracks
 from .gpus import GPUS, Gpu, find_gpu
 from .memory_use import GIB
 from .model_shapes import ModelShape, choose_shape
+from .this_machine import measure
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     data, _ = default_data(args.data)
     checkpoint, _ = default_model(args.pretrained_model_name_or_path, preset=args.preset)
     shape = choose_shape(args.config, checkpoint, args.variant_dir)
-    gpus = [find_gpu(args.gpu)] if args.gpu else GPUS
+    gpus = GPUS if args.gpu is None else [named_gpu(args.gpu, training.mixed_precision)]
     tracks = read_tracks(data, training)
     number = {"num_processes": args.num_processes}
     estimates = [(gpu, estimate(shape, training, *tracks, gpu, **number)) for gpu in gpus]
@@ -40,6 +41,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(describe_alternative(shape, flags, tracks, gpu, args.num_processes))
     return 1
+
+
+def named_gpu(name: str, mixed_precision: str) -> Gpu:
+    """The GPU of that name, or `this` machine's device, measured now."""
+    if name != "this":
+        return find_gpu(name)
+    print("Measuring this machine ...", flush=True)
+    return measure(mixed_precision=mixed_precision)
 
 
 def describe_workload(
@@ -82,8 +91,15 @@ def describe(found: Estimate, gpu: Gpu, training: argparse.Namespace, num_proces
     if training.offload:
         lines += [
             f"--offload: the base comes from the host in {found.transfer_s:.2f} s, forward and backward, in every "
-            f"pass, while it computes ({HOST_LINK_EFFICIENCY:.0%} of the {gpu.host_gb_s:g} GB/s of its PCI Express)."
+            f"pass, while it computes ({1 if gpu.measured else HOST_LINK_EFFICIENCY:.0%} of {gpu.host_gb_s:.3g} GB/s)."
         ]
+    if gpu.measured:
+        matmul = gpu.bf16_tflops if found.bfloat16 and gpu.bf16_tflops else gpu.fp32_tflops
+        lines += [
+            f"Measured just now: {matmul:.3g} TFLOP/s in matrix products, {gpu.bandwidth_gb_s:.3g} GB/s in memory. "
+            f"Assumed: {CONVOLUTION_EFFICIENCY:.0%} of float32 for encoding."
+        ]
+        return "\n".join(lines)
     lines += [
         f"Assumed: {MATMUL_EFFICIENCY:.0%} of the published matrix throughput, {BANDWIDTH_EFFICIENCY:.0%} of the "
         f"bandwidth, {CONVOLUTION_EFFICIENCY:.0%} of float32 for encoding ({gpu.source}). Not yet measured on GPUs.",

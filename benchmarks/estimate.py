@@ -1,18 +1,25 @@
 #!/usr/bin/env python
-"""How far `acestep-lora estimate` is from what an update really takes: bytes at the peak, predicted and measured.
+"""How far `acestep-lora estimate` is from what an update really takes: bytes at the peak, and seconds.
 
-    python benchmarks/memory_estimate.py                     small models; on a GPU also the full-size ones
-    python benchmarks/memory_estimate.py --full-size         the 2 B model as well, with random weights (12 GB)
+    python benchmarks/estimate.py                     small models; on a GPU also the full-size ones
+    python benchmarks/estimate.py --full-size         the 2 B model as well, with random weights (12 GB)
 
 Measured is the peak of what tensors take during one update (forward, backward, clip, optimizer): on a CPU summed over
 PyTorch's allocations, on a GPU `torch.cuda.max_memory_allocated`. The assumed part of a prediction (CUDA's context,
 the allocator's fragmentation) is not in it, since neither measurement sees that.
+
+The time is predicted from the rates that this machine is measured to reach (`acestep-lora estimate --gpu this`), and,
+on a GPU of the table, also from what its maker publishes; measured is the median of --updates updates.
 """
 
 import argparse
+import contextlib
 import json
 import platform
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,15 +30,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from acestep_pipeline.adapters.settings import LoraSettings
 from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.condition_mask import ConditionMask
+from acestep_pipeline.errors import UsageError
+from acestep_pipeline.estimation.compute_time import move_seconds, pass_seconds, pass_work, update_bytes
+from acestep_pipeline.estimation.gpus import Gpu, find_gpu
 from acestep_pipeline.estimation.memory_use import Batch, Precision, inspect_adapter, predict_update
 from acestep_pipeline.estimation.model_shapes import SHAPES
+from acestep_pipeline.estimation.this_machine import measure
 from acestep_pipeline.hardware import describe_device
 from acestep_pipeline.quantization import quantize_base
 from acestep_pipeline.training.memory import enable_gradient_checkpointing
 from acestep_pipeline.training.optimization import build_optimizer
+from acestep_pipeline.training.optimizers import OPTIMIZERS
 from train_ace_step_lora import squared_error
 
-RESULTS = Path(__file__).parent / "results" / "memory_estimate.json"
+RESULTS = Path(__file__).parent / "results" / "estimate.json"
 SMALL = {
     "mid": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
             "num_key_value_heads": 4, "head_dim": 64},
@@ -73,19 +85,25 @@ def main() -> None:
     """Run the cases that this machine can, and write a table and the results file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--full-size", action="store_true", help="also the 2 B model on the CPU: 12 GB, minutes")
+    p.add_argument("--updates", type=int, default=7, help="updates timed of each case (default: %(default)s)")
     p.add_argument("--output", type=Path, default=RESULTS, help="results file (default: %(default)s)")
     args = p.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = SMALL_CASES + (GPU_CASES if device.type == "cuda" else FULL_CASES if args.full_size else [])
+    rates = {precision: {"this": measure(device, mixed_precision=precision)} for precision in ("no", "bf16")}
+    if device.type == "cuda":
+        with contextlib.suppress(UsageError):  # a GPU that is not in the table
+            published = find_gpu(torch.cuda.get_device_name(device))
+            rates = {precision: by_name | {"published": published} for precision, by_name in rates.items()}
     rows = []
     for case in cases:
         case = DEFAULTS | case
-        predicted, measured = run_case(case, device)
-        rows.append(case | {"predicted_bytes": predicted, "measured_bytes": measured,
-                            "ratio": round(sum(predicted.values()) / measured, 3)})  # fmt: skip
+        rows.append(case | run_case(case, device, rates["bf16" if case["bf16"] else "no"], args.updates))
         print(describe(rows[-1]), flush=True)
-    result = {"device": describe_device(device), "torch": torch.__version__, "python": platform.python_version(),
-              "cases": rows}  # fmt: skip
+    as_json = {key: {name: vars(gpu) for name, gpu in named.items()} for key, named in rates.items()}
+    result = {"device": describe_device(device), "rates": as_json,
+              "updates_timed": args.updates, "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "python": platform.python_version(), "cases": rows}  # fmt: skip
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"Wrote {args.output}")
 
@@ -94,12 +112,16 @@ def describe(row: dict) -> str:
     """One line of the table."""
     settings = {name: row[name] for name, value in DEFAULTS.items() if row[name] != value}
     predicted, measured = sum(row["predicted_bytes"].values()) / 1e6, row["measured_bytes"] / 1e6
-    sizes = f"{predicted:9.0f} MB predicted{measured:9.0f} MB measured"
-    return f"{row['model']:8}{sizes}{row['ratio']:8.3f}  {settings}"
+    sizes = f"{predicted:7.0f} of {measured:7.0f} MB = {row['bytes_ratio']:5.3f}"
+    times = "".join(
+        f"   {row['predicted_s'][name]:7.3f} of {row['measured_s']:7.3f} s = {ratio:5.2f} ({name})"
+        for name, ratio in row["time_ratio"].items()
+    )
+    return f"{row['model']:8}{sizes}{times}  {settings}"
 
 
-def run_case(case: dict, device: torch.device) -> tuple[dict[str, int], int]:
-    """Predicted bytes by part, and the measured peak, of one update."""
+def run_case(case: dict, device: torch.device, rates: dict[str, Gpu], updates: int) -> dict:
+    """Bytes by part and seconds of one update as predicted (the seconds from each of `rates`), and as measured."""
     dtype = torch.bfloat16 if case["bf16"] else torch.float32
     torch.manual_seed(0)
     shape = SHAPES[case["model"]].transformer if case["model"] in SHAPES else SMALL[case["model"]]
@@ -115,9 +137,17 @@ def run_case(case: dict, device: torch.device) -> tuple[dict[str, int], int]:
     parameters = add_lora(model, LoraSettings(r=case["rank"], lora_dropout=case["dropout"]), seed=0)
     with torch.device("meta"):
         plain = AceStepTransformer1DModel(**shape)
+    adapter = inspect_adapter(model, dropout=case["dropout"])
+    work = pass_work(plain.config, adapter, batch, precision, base_quantization=case["quantization"],
+                     gradient_checkpointing=case["checkpointing"])  # fmt: skip
+    after = update_bytes(adapter, OPTIMIZERS[case["optimizer"]].state_bytes)
+    predicted_s = {
+        name: case["accumulation"] * pass_seconds(work, gpu, precision) + move_seconds(after, gpu)
+        for name, gpu in rates.items()
+    }
     predicted = predict_update(
         plain,
-        inspect_adapter(model, dropout=case["dropout"]),
+        adapter,
         batch,
         precision,
         base_quantization=case["quantization"],
@@ -153,7 +183,25 @@ def run_case(case: dict, device: torch.device) -> tuple[dict[str, int], int]:
         optimizer.zero_grad()
 
     update()  # optimizer state and caches are there from the first one on
-    return predicted, measure_peak(update, model, optimizer, device)
+    peak = measure_peak(update, model, optimizer, device)
+    seconds = statistics.median(time_once(update, device) for _ in range(updates))
+    return {
+        "predicted_bytes": predicted,
+        "measured_bytes": peak,
+        "bytes_ratio": round(sum(predicted.values()) / peak, 3),
+        "predicted_s": {name: round(value, 4) for name, value in predicted_s.items()},
+        "measured_s": round(seconds, 4),
+        "time_ratio": {name: round(value / seconds, 3) for name, value in predicted_s.items()},
+    }
+
+
+def time_once(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds until `work` and what it started on the device are done."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 def measure_peak(update, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
