@@ -549,3 +549,10 @@ def test_debug_shows_the_traceback(tmp_path):
     run = start([sys.executable], tmp_path, tmp_path / "out", tmp_path / "cache", rank=0, debug=True)
     assert "Traceback" in run.stderr and "UsageError: --rank must be positive, not 0." in run.stderr
     assert run.returncode == 1
+
+
+def test_a_flag_that_would_do_nothing_is_not_ignored(tmp_path, refused):
+    error = refused(tmp_path, snr_gamma=3.0)
+    assert "--snr_gamma does nothing without --weighting_scheme min_snr; add it, or leave" in error
+    error = refused(tmp_path, timestep_mix="uniform=1,discrete=1")
+    assert "--timestep_mix does nothing without --timestep_distribution mix" in error

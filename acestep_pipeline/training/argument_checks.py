@@ -57,9 +57,16 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("be at most 600", lambda value: value <= 600, ("validation_duration_s",)),
 )  # fmt: skip
 
+# Flags that mean something under one choice of another flag, and what they are unless given.
+ONLY_WITH = {
+    "timestep_mix": ("timestep_distribution", "mix", "logit_normal_max=0.5,discrete=0.5"),
+    "snr_gamma": ("weighting_scheme", "min_snr", 5.0),
+}
+
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse values that can't work, before anything is loaded; settle how an update is divided.
+    """Refuse values that can't work, before anything is loaded; settle how an update is divided, and defaults
+    that depend on other flags.
 
     Raises:
         UsageError: it names the flag, and what would work.
@@ -68,6 +75,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.lr_scheduler not in LR_SCHEDULERS:
         raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler!r}.")
     check_contradictions(args)
+    for name, (_, _, default) in ONLY_WITH.items():
+        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     # Each of these refuses what its part can't do.
     lora_settings(args)
     text_options(args)
@@ -124,5 +133,8 @@ def check_contradictions(args: argparse.Namespace) -> None:
             f"--gradient_checkpointing_ratio {ratio} does nothing without --gradient_checkpointing; add it, or leave "
             "the ratio out."
         )
+    for name, (flag, value, _) in ONLY_WITH.items():
+        if getattr(args, name) is not None and getattr(args, flag) != value:
+            raise UsageError(f"--{name} does nothing without --{flag} {value}; add it, or leave --{name} out.")
     if args.adapter_type == "lokr" and args.base_quantization != "none":
         raise UsageError("--adapter_type lokr needs the base unquantised; leave --base_quantization out, or use lora.")

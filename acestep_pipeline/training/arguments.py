@@ -68,7 +68,7 @@ def _add_adapter_arguments(g) -> None:
 def _add_objective_arguments(g) -> None:
     g.add_argument("--cfg_dropout", type=float, help="probability of training an item without its condition; unset: 0.15 for base and sft, 0 for turbo")
     g.add_argument("--timestep_distribution", choices=(*TIMESTEP_COMPONENTS, "mix"), default="logit_normal_max", help="logit_normal_max: as the model was trained; discrete: only the timesteps of inference, what the official trainer does for turbo; uniform; mix: shares of these")
-    g.add_argument("--timestep_mix", default="logit_normal_max=0.5,discrete=0.5", help="the shares of mix")
+    g.add_argument("--timestep_mix", help="the shares of mix (default: logit_normal_max=0.5,discrete=0.5)")
     g.add_argument("--timestep_steps", type=int, help="inference steps that make up discrete; unset: 50, turbo 8")
     g.add_argument("--timestep_shift", type=float, help="and their shift; unset: 1, turbo 3")
     g.add_argument("--timestep_mu", type=float, help="mean of the timestep's normal, in logits; unset: the checkpoint's, else -0.4")
@@ -76,7 +76,7 @@ def _add_objective_arguments(g) -> None:
     g.add_argument("--stratified_timesteps", action=argparse.BooleanOptionalAction, default=False, help="spread the timesteps of an update's windows evenly over their distribution: the loss of 4-window updates varies 11 %% less; of their gradient no gain was measured")
     g.add_argument("--antithetic_noise", action=argparse.BooleanOptionalAction, default=False, help="two items of an update share their noise with opposite signs; alone it gained nothing measurable")
     g.add_argument("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help="weights of the error by timestep, of mean 1; none: plain MSE; min_snr: the clean half up, both ends down; truncated_snr: both ends up; cosmap: the middle up; sigma_sqrt: the clean end up, steeply")
-    g.add_argument("--snr_gamma", type=float, default=5.0, help="gamma of min_snr")
+    g.add_argument("--snr_gamma", type=float, help="gamma of min_snr (default: 5)")
 
 
 def _add_training_arguments(g) -> None:
