@@ -1,5 +1,6 @@
 # make train   set up, then train the embedded checkpoint on rendered clips (DATA=DIR: on your own music) and listen
 # make test    set up, then run the tests
+# make bench   how fast a small model trains on this CPU; make bench-gpu: the real sizes on a GPU (STAGES="xl": only some)
 # make style   format; make quality: check formatting and lint
 .DEFAULT_GOAL := help
 
@@ -9,15 +10,16 @@ BIN := $(VENV)/bin
 MODEL ?= tiny
 DATA ?=
 OUTPUT ?= output/make-train
+STAGES ?=
 # Enough for the tiny checkpoint to move audibly; with a real one, use --preset c.
 TRAIN_FLAGS ?= --max_train_steps 200 --learning_rate 1e-3
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $$(nproc)
 
-.PHONY: help setup train test test-slow test-gpu style quality clean
+.PHONY: help setup train test test-slow test-gpu bench bench-gpu style quality clean
 
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -3
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -4
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; name it with PYTHON=python3.11." >&2; exit 2; }
@@ -54,6 +56,11 @@ test-slow: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Each leaves its results in benchmarks/results and README.md. A run that was cut goes on where it was.
+bench bench-gpu: setup
+	$(BIN)/python benchmarks/training_speed.py --suite $(if $(filter bench-gpu,$@),gpu,cpu) $(if $(STAGES),--stages $(STAGES))
+	$(BIN)/python benchmarks/training_table.py
 
 style: setup
 	$(BIN)/ruff check --fix .

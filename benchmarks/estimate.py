@@ -34,22 +34,16 @@ from acestep_pipeline.errors import UsageError
 from acestep_pipeline.estimation.compute_time import move_seconds, pass_seconds, pass_work, update_bytes
 from acestep_pipeline.estimation.gpus import Gpu, find_gpu
 from acestep_pipeline.estimation.memory_use import Batch, Precision, inspect_adapter, predict_update
-from acestep_pipeline.estimation.model_shapes import SHAPES
 from acestep_pipeline.estimation.this_machine import measure
 from acestep_pipeline.hardware import describe_device
 from acestep_pipeline.quantization import quantize_base
 from acestep_pipeline.training.memory import enable_gradient_checkpointing
 from acestep_pipeline.training.optimization import build_optimizer
 from acestep_pipeline.training.optimizers import OPTIMIZERS
+from benchmarks.random_models import condition_width, random_transformer, transformer_shape
 from train_ace_step_lora import squared_error
 
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
-SMALL = {
-    "mid": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "head_dim": 64},
-    "mid-xl": {"hidden_size": 640, "intermediate_size": 2432, "num_hidden_layers": 10, "num_attention_heads": 16,
-               "num_key_value_heads": 4, "head_dim": 64, "encoder_hidden_size": 512},
-}  # fmt: skip
 DEFAULTS = {"seconds": 30, "items": 1, "condition_tokens": 150, "dropout": 0.05, "rank": 16, "checkpointing": 0.0,
             "quantization": "none", "optimizer": "adamw", "accumulation": 2, "bf16": False}  # fmt: skip
 SMALL_CASES = [
@@ -124,19 +118,14 @@ def run_case(case: dict, device: torch.device, rates: dict[str, Gpu], updates: i
     """Bytes by part and seconds of one update as predicted (the seconds from each of `rates`), and as measured."""
     dtype = torch.bfloat16 if case["bf16"] else torch.float32
     torch.manual_seed(0)
-    shape = SHAPES[case["model"]].transformer if case["model"] in SHAPES else SMALL[case["model"]]
-    with torch.device("meta"):
-        model = AceStepTransformer1DModel(**shape)
-    model = model.to_empty(device="cpu").to(dtype)
-    for parameter in model.parameters():
-        parameter.detach().normal_(std=0.02)
+    model = random_transformer(case["model"], device=torch.device("cpu"), dtype=dtype)
     frames = case["seconds"] * 25
     batch = Batch(case["items"], frames, case["condition_tokens"])
     precision = Precision(weight=dtype.itemsize, mask=1 if device.type == "cuda" else 4)
     quantize_base(model, case["quantization"], device=device)
     parameters = add_lora(model, LoraSettings(r=case["rank"], lora_dropout=case["dropout"]), seed=0)
     with torch.device("meta"):
-        plain = AceStepTransformer1DModel(**shape)
+        plain = AceStepTransformer1DModel(**transformer_shape(case["model"]))
     adapter = inspect_adapter(model, dropout=case["dropout"])
     work = pass_work(plain.config, adapter, batch, precision, base_quantization=case["quantization"],
                      gradient_checkpointing=case["checkpointing"])  # fmt: skip
@@ -162,7 +151,7 @@ def run_case(case: dict, device: torch.device, rates: dict[str, Gpu], updates: i
         adam_weight_decay=0.01, adam_epsilon=1e-8, fused=device.type == "cuda",
     )  # fmt: skip
     condition_mask = ConditionMask(model)
-    width = model.config.encoder_hidden_size or model.config.hidden_size
+    width = condition_width(model)
     silence = torch.zeros(1, 15000, 64, device=device)
     null = torch.zeros(1, 1, width, device=device, dtype=dtype)
 

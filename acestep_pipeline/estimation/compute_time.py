@@ -47,17 +47,23 @@ def pass_work(
     *,
     base_quantization: str,
     gradient_checkpointing: float,
+    attention_backward: float = ATTENTION_BACKWARD,
+    windowed: bool = False,
 ) -> Work:
     """One forward and backward pass of a frozen transformer with an adapter.
 
     A frozen layer costs 2 operations a weight and token forward, 2 more backward for the gradient of its input; an
     adapter's layer another 2 for its weights' gradient. Checkpointed blocks do their forward pass twice. Attention
-    costs 4 · queries · keys · width forward, 2.5 times as much backward, sliding windows included, since the mask
-    hides but saves nothing.
+    costs 4 · queries · keys · width forward, and backward `attention_backward` times as much (2 without what fused
+    kernels compute again). Every key counts, those behind a sliding window's mask too, which hides but saves nothing;
+    unless `windowed`.
     """
     blocks = config.num_hidden_layers
     again = num_checkpointed_blocks(blocks, gradient_checkpointing)
     forward, backward = _block_flops(config, adapter, batch)
+    keys = (mean_window_keys(config, batch) if windowed else batch.item_tokens(config)) + batch.condition_tokens
+    attention = 4 * batch.tokens(config) * keys * config.num_attention_heads * config.head_dim
+    forward, backward = forward + attention, backward + attention_backward * attention
     ends = (
         batch.tokens(config)
         * config.hidden_size
@@ -102,7 +108,7 @@ def _layers(config) -> dict[str, tuple[int, int]]:
 
 
 def _block_flops(config, adapter: Adapter, batch: Batch) -> tuple[float, float]:
-    """(forward, backward) of one block."""
+    """(forward, backward) of one block's linear layers."""
     tokens, conditions = batch.tokens(config), batch.items * batch.condition_tokens
     forward = backward = 0.0
     for name, (out, into) in _layers(config).items():
@@ -113,10 +119,17 @@ def _block_flops(config, adapter: Adapter, batch: Batch) -> tuple[float, float]:
         backward += (0 if of_condition else base + lora) + lora
         if of_condition:
             backward += 2 * rows * adapter.ranks.get(name, 0) * out  # through B, to A's gradient
-    queries = config.num_attention_heads * config.head_dim
-    keys = batch.item_tokens(config) + batch.condition_tokens
-    attention = 4 * tokens * keys * queries
-    return forward + attention, backward + ATTENTION_BACKWARD * attention
+    return forward, backward
+
+
+def mean_window_keys(config, batch: Batch) -> float:
+    """Keys that a query of self-attention sees, its own included, on the mean over queries and blocks."""
+    tokens, window = batch.item_tokens(config), min(config.sliding_window, batch.item_tokens(config) - 1)
+    seen = tokens * (2 * window + 1) - window * (window + 1)  # the first and the last queries have one side alone
+    kinds = config.layer_types or ["sliding_attention", "full_attention"] * config.num_hidden_layers
+    kinds = kinds[: config.num_hidden_layers]
+    sliding = kinds.count("sliding_attention") / len(kinds)
+    return sliding * seen / tokens + (1 - sliding) * tokens
 
 
 def update_bytes(adapter: Adapter, state_bytes: float) -> float:

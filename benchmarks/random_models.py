@@ -1,0 +1,40 @@
+"""DiTs of the published shapes, and smaller ones, with random weights: what the training benchmarks run on."""
+
+import torch
+from diffusers import AceStepTransformer1DModel
+
+from acestep_pipeline.estimation.model_shapes import SHAPES
+
+# A third of the blocks, a quarter of the width; "xl" is to "2b" as "mid-xl" is to "mid".
+SMALL_SHAPES = {
+    "mid": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "head_dim": 64},
+    "mid-xl": {"hidden_size": 640, "intermediate_size": 2432, "num_hidden_layers": 10, "num_attention_heads": 16,
+               "num_key_value_heads": 4, "head_dim": 64, "encoder_hidden_size": 512},
+    "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 64},
+}  # fmt: skip
+SIZES = (*SMALL_SHAPES, *SHAPES)
+
+
+def transformer_shape(size: str) -> dict:
+    """Constructor arguments of a size of `SIZES`."""
+    return SHAPES[size].transformer if size in SHAPES else SMALL_SHAPES[size]
+
+
+def random_transformer(size: str, *, device: torch.device, dtype: torch.dtype) -> AceStepTransformer1DModel:
+    """A DiT whose every weight is drawn, from the global generator of `device`: N(0, 0.02²), norms N(1, 0.02²)."""
+    with torch.device("meta"):
+        transformer = AceStepTransformer1DModel(**transformer_shape(size))
+    torch.nn.Module.to(
+        transformer, dtype
+    )  # diffusers' own warns of modules to keep in float32, of which there are none
+    transformer = transformer.to_empty(device=device)
+    for name, parameter in transformer.named_parameters():
+        parameter.detach().normal_(mean=1.0 if "norm" in name else 0.0, std=0.02)
+    return transformer
+
+
+def condition_width(transformer: torch.nn.Module) -> int:
+    """Width of the conditions that a DiT takes."""
+    return transformer.config.encoder_hidden_size or transformer.config.hidden_size

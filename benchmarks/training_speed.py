@@ -1,0 +1,157 @@
+#!/usr/bin/env python
+"""How fast preset c trains: full-size DiTs on a GPU, a small one on a CPU, with random weights and real shapes.
+
+    make bench                                                   on a CPU, some minutes
+    make bench-gpu                                               on a GPU; each stage under 10 minutes
+    python benchmarks/training_speed.py --stages side_by_side    one stage
+    python benchmarks/training_speed.py --suite gpu --size small --max_seconds 4 --updates 4     a rehearsal on a CPU
+
+What is measured is in `training_measure.py`, what is compared in `training_ways.py`. Results are written after every
+configuration, and what the file has of this commit and hardware is not measured again, so that a run that was cut goes
+on where it was.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from acestep_pipeline.errors import UsageError, one_sentence_errors
+from acestep_pipeline.files import write_text
+from acestep_pipeline.hardware import default_device, describe_device
+from acestep_pipeline.training.tracking import environment_facts
+from benchmarks.random_models import SIZES
+from benchmarks.training_measure import measure
+from benchmarks.training_ways import Case
+
+RESULTS = Path(__file__).parent / "results"
+SIDE_BY_SIDE = ("bare", "peers", "ours")
+# Stage -> configurations, each with the ways that take turns.
+CPU_STAGES: dict[str, list[tuple[Case, tuple[str, ...]]]] = {
+    "side_by_side": [(Case("small", 30), SIDE_BY_SIDE)],
+    "lengths": [(Case("small", seconds), ("ours",)) for seconds in (30, 60, 120)],
+}
+GPU_STAGES: dict[str, list[tuple[Case, tuple[str, ...]]]] = {
+    "side_by_side": [(Case("2b", seconds), SIDE_BY_SIDE) for seconds in (60, 30)],
+    "lengths": [(Case("2b", seconds), ("ours",)) for seconds in (30, 60, 120, 240)],
+    "checkpointing": [(Case("2b", seconds, checkpointing=1.0), ("ours",)) for seconds in (60, 120, 240)],
+    "conditions": [(Case("2b", 60, tokens, tokens), ("ours",)) for tokens in (30, 100, 400)],
+    "xl": [(Case("xl", seconds), ("ours",)) for seconds in (30, 60)]
+    + [(Case("xl", seconds, checkpointing=1.0), ("ours",)) for seconds in (60, 120, 240)],
+}
+SUITES = {"cpu": CPU_STAGES, "gpu": GPU_STAGES}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--suite", choices=tuple(SUITES), help="which configurations (unset: by whether there is a GPU)")
+    names = "; ".join(f"{suite}: {', '.join(stages)}" for suite, stages in SUITES.items())
+    p.add_argument("--stages", nargs="+", metavar="STAGE", help=f"{names} (unset: all)")
+    p.add_argument("--size", choices=SIZES, help="this model instead of those of the suite")
+    p.add_argument("--max_seconds", type=int, help="windows of at most this, instead of those of the suite")
+    p.add_argument("--updates", type=int, default=24, help="timed updates of each way (default: %(default)s)")
+    p.add_argument("--output", type=Path, help="results file (unset: benchmarks/results/training_speed_SUITE.json)")
+    p.add_argument("--overwrite", action="store_true", help="measure again what the file has")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stages, and print what they come to."""
+    args = parse_args(argv)
+    has_gpu = default_device().type == "cuda"
+    suite = args.suite or ("gpu" if has_gpu else "cpu")
+    if suite == "gpu" and not has_gpu and args.size is None:
+        raise UsageError("the GPU suite needs a CUDA device; --size small rehearses it on a CPU.")
+    stages = SUITES[suite]
+    if unknown := set(args.stages or ()) - stages.keys():
+        raise UsageError(f"--stages {', '.join(sorted(unknown))}: the {suite} suite has {', '.join(stages)}.")
+    if args.updates < 2:
+        raise UsageError(f"--updates must be at least 2, not {args.updates}.")
+    output = args.output or RESULTS / f"training_speed_{suite}.json"
+    results = Results(output, overwrite=args.overwrite)
+    for stage in args.stages or stages:
+        for case, ways in stages[stage]:
+            seconds = min(case.seconds, args.max_seconds or case.seconds)
+            case = dataclasses.replace(case, size=args.size or case.size, seconds=seconds)
+            if not results.has(stage, case):
+                print(f"{stage}: {describe(case)} …", flush=True)
+                results.add(stage, case, measure_or_not(case, ways, updates=args.updates))
+    from benchmarks.training_table import targets
+
+    for line in targets(results.rows, suite):
+        print(line)
+    print(f"Wrote {output}; benchmarks/training_table.py puts it into README.md.")
+
+
+class Results:
+    """The rows of a results file, one for each way of each configuration, written as they come."""
+
+    def __init__(self, path: Path, *, overwrite: bool) -> None:
+        """Read what is there."""
+        self.path, self.overwrite = path, overwrite
+        self.rows: list[dict] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+        facts = environment_facts()
+        self.facts = {"hardware": describe_device(default_device()), "threads": torch.get_num_threads()}
+        self.facts |= {name: facts[name] for name in ("git_commit", "versions")}
+        self.added: list[dict] = []
+
+    def has(self, stage: str, case: Case) -> bool:
+        """Whether the file has this configuration, of this commit and hardware."""
+
+        def origin(facts: dict) -> tuple:  # writing the file makes a clean checkout dirty
+            return facts["hardware"], (facts["git_commit"] or "").removesuffix("-dirty")
+
+        found = [row for row in self.rows if (row["stage"], row["case"]) == (stage, dataclasses.asdict(case))]
+        return not self.overwrite and bool(found) and all(origin(row) == origin(self.facts) for row in found)
+
+    def add(self, stage: str, case: Case, rows: list[dict]) -> None:
+        """Put rows in the place of those of the same configuration, and write the file."""
+        key = {"stage": stage, "case": dataclasses.asdict(case)}
+        self.rows = [row for row in self.rows if {name: row[name] for name in key} != key]
+        self.rows += [key | row | self.facts for row in rows]
+        for row in rows:
+            print(f"  {describe_row(row)}", flush=True)
+        write_text(self.path, json.dumps({"rows": self.rows}, indent=1) + "\n")
+
+
+def describe(case: Case) -> str:
+    """E.g. `2b, 60 s, 30-400 condition tokens, checkpointing`."""
+    tokens = f"{case.least_tokens}-{case.most_tokens}" if case.least_tokens < case.most_tokens else case.most_tokens
+    extra = ", checkpointing" if case.checkpointing else ""
+    return f"{case.size}, {case.seconds} s, {tokens} condition tokens{extra}"
+
+
+def describe_row(row: dict) -> str:
+    """One line for a person."""
+    if "ms_per_update" not in row:
+        return f"{row['way']:14} out of memory"
+    ms, mfu = row["ms_per_update"], row["mfu"]
+    line = f"{row['way']:14}{ms['median']:9.1f} ms ({ms['q1']:.1f}-{ms['q3']:.1f}){row['tracks_per_s']:9.2f} tracks/s"
+    line += f"{row['tflop_per_s']:9.3f} TFLOP/s" + ("" if mfu is None else f"{100 * mfu:6.1f} % MFU")
+    return line + "".join(
+        f", {value['median']:.3f} × {name.removeprefix('vs_')}" for name, value in row.items() if name[:3] == "vs_"
+    )
+
+
+def measure_or_not(case: Case, ways: tuple[str, ...], *, updates: int) -> list[dict]:
+    """`measure`, or rows that say that memory ran out."""
+    try:
+        rows = measure(case, ways, updates=updates)
+    except torch.OutOfMemoryError:
+        rows = [{"way": way, "out_of_memory": True} for way in ways]
+    gc.collect()
+    if default_device().type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+if __name__ == "__main__":
+    with one_sentence_errors(debug=False):
+        main()

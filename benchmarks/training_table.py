@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""Writes the tables of README's "How fast" from `results/training_speed_*.json`, and judges the targets.
+
+    python benchmarks/training_table.py          into README.md
+    python benchmarks/training_table.py --check  exit status 1 if README.md says something else
+
+What was not run is blank.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from acestep_pipeline.errors import RunError, one_sentence_errors
+from acestep_pipeline.files import write_text
+from benchmarks.training_speed import RESULTS, SUITES, Case, describe
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- benchmarks/training_table.py writes this -->", "<!-- up to here -->"
+# What the product page says of 100 tracks × 100 epochs on an H100.
+PAGE_HOURS = 5
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write README.md, or compare it."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--check", action="store_true", help="only say whether README.md is what the results say")
+    args = p.parse_args(argv)
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    wanted = f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+    if args.check and text != wanted:
+        raise RunError("README.md is not what benchmarks/results says: run python benchmarks/training_table.py.")
+    if not args.check:
+        write_text(README, wanted)
+
+
+def tables(results: Path = RESULTS) -> str:
+    """All of it: speed by configuration, the comparison, the targets."""
+    rows = {suite: read_rows(results / f"training_speed_{suite}.json") for suite in SUITES}
+    lines = speed_table(rows)
+    lines += ["", *comparison_table(rows), ""]
+    lines += [line for suite in SUITES for line in (f"- {target}" for target in targets(rows[suite], suite))]
+    return "\n".join(lines)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a results file; none if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+
+
+def find(rows: list[dict], case: Case, way: str, stage: str | None = None) -> dict | None:
+    """The row of a configuration, if it was run, and memory did not run out."""
+    return next(
+        (
+            row
+            for row in rows
+            if Case(**row["case"]) == case
+            and row["way"] == way
+            and stage in (None, row["stage"])
+            and "ms_per_update" in row
+        ),
+        None,
+    )
+
+
+def speed_table(rows: dict[str, list[dict]]) -> list[str]:
+    """One line for each configuration that the suites train the trainer's own way."""
+    lines = [
+        "| preset c | on | ms an update (quartiles) | tracks/s | tokens/s | TFLOP/s (MFU) | peak memory "
+        "| 50, 100, 200 tracks |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for suite, stages in SUITES.items():
+        seen = set()
+        for stage, configurations in stages.items():
+            for case, ways in configurations:
+                if ways == ("ours",) and case not in seen:
+                    seen.add(case)
+                    cells = speed_cells(find(rows[suite], case, "ours", stage))
+                    lines.append(f"| {describe(case)} | {' | '.join(cells)} |")
+    return lines
+
+
+def speed_cells(row: dict | None) -> list[str]:
+    """The cells after the first."""
+    if row is None:
+        return [""] * 7
+    ms, mfu = row["ms_per_update"], row["mfu"]
+    times = ", ".join(duration(row["preset_c_s"][tracks]) for tracks in ("50", "100", "200"))
+    return [
+        f"{row['hardware']}, {row['precision']}",
+        f"{ms['median']:,.0f} ({ms['q1']:,.0f}–{ms['q3']:,.0f})",
+        f"{row['tracks_per_s']:.2f}",
+        f"{row['tokens_per_s']:,}",
+        f"{row['tflop_per_s']:.3g}" + ("" if mfu is None else f" ({100 * mfu:.0f} %)"),
+        f"{row['peak_memory_bytes'] / 1e9:.1f} GB",
+        times,
+    ]
+
+
+def duration(seconds: float) -> str:
+    """E.g. `12 min`, `3.4 h`."""
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def comparison_table(rows: dict[str, list[dict]]) -> list[str]:
+    """Time of the other ways beside ours, in one run."""
+    lines = [
+        "| time of an update beside this trainer's, in one run | a bare loop | as other trainers do it |",
+        "|---|---|---|",
+    ]
+    for suite, stages in SUITES.items():
+        for case, _ in stages["side_by_side"]:
+            cells = []
+            for way in ("bare", "peers"):
+                row = find(rows[suite], case, way, "side_by_side")
+                ratio = row and row["vs_ours"]
+                cells.append(f"{ratio['median']:.2f} × ({ratio['q1']:.2f}–{ratio['q3']:.2f})" if ratio else "")
+            lines.append(f"| {suite.upper()}: {describe(case)} | {' | '.join(cells)} |")
+    return lines
+
+
+def targets(rows: list[dict], suite: str) -> list[str]:
+    """What was aimed at, and whether it was met, missed or not run."""
+    judged = []
+
+    def judge(what: str, value: float | None, holds, shown: str = "{:.2f}") -> None:
+        verdict = "not run" if value is None else f"{shown.format(value)}, {'met' if holds(value) else 'missed'}"
+        judged.append(f"{what}: {verdict}")
+
+    def value(case: Case, way: str, stage: str, *names: str) -> float | None:
+        row = find(rows, case, way, stage)
+        for name in names:
+            row = row and row.get(name)
+        return row
+
+    if suite == "cpu":
+        case = SUITES["cpu"]["side_by_side"][0][0]
+        peers = value(case, "peers", "side_by_side", "vs_ours", "median")
+        judge("CPU, at least 1.3 times faster than other trainers do it", peers, lambda v: v >= 1.3)
+        bare = value(case, "bare", "side_by_side", "vs_ours", "median")
+        judge("CPU, at most 1.03 times a bare loop's time", bare and 1 / bare, lambda v: v <= 1.03, "{:.3f}")
+        return judged
+    rows = [row for row in rows if re.search(r"\bH[12]00\b", row["hardware"])]  # what the targets are for
+    minute = Case("2b", 60)
+    peers = value(minute, "peers", "side_by_side", "vs_ours", "median")
+    judge("GPU, at least 3 times faster than other trainers do it", peers, lambda v: v >= 3)
+    judge("GPU, MFU of at least 45 %", value(minute, "ours", "lengths", "mfu"), lambda v: v >= 0.45, "{:.0%}")
+    checkpointed = value(Case("2b", 60, checkpointing=1.0), "ours", "checkpointing", "mfu")
+    judge("GPU, with gradient checkpointing at least 35 %", checkpointed, lambda v: v >= 0.35, "{:.0%}")
+    seconds = value(minute, "ours", "lengths", "preset_c_s", "100")
+    page = (
+        f"GPU, preset c on 100 one-minute tracks within 10 min (the product page says {PAGE_HOURS} h), caching aside"
+    )
+    judge(page, seconds and seconds / 60, lambda v: v <= 10, "{:.1f} min")
+    return judged
+
+
+if __name__ == "__main__":
+    with one_sentence_errors():
+        main()
