@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(
         commands, "convert-checkpoint", "write a checkpoint of the original layout in diffusers' layout", _convert
     )
-    command.add_argument("source", help="a folder in the original layout, or a Hub id")
+    command.add_argument("source", help="the original layout: a folder, s3://… or a Hub id")
     command.add_argument("directory", type=Path, help="a new folder")
     command.add_argument("--variant_dir", help="which DiT of several, e.g. acestep-v15-base")
     command.add_argument("--revision", help="branch, tag or commit on the Hub")

@@ -1,6 +1,7 @@
 """`ACEStepPipeline`: diffusers' `AceStepPipeline` that loads every checkpoint layout and says what is wrong."""
 
 import contextlib
+import fnmatch
 import functools
 import inspect
 import os
@@ -28,6 +29,7 @@ from .condition_mask import padding_hidden
 from .errors import UsageError
 from .progress import quiet_loading
 from .prompt_fields import checked_request
+from .storage.copies import local_copy
 from .storage.hub import download, looks_like_path
 from .tiny_checkpoint import TINY_NAME, tiny_checkpoint_path
 
@@ -129,7 +131,7 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
 
         Args:
             pretrained_model_name_or_path: `"tiny"` (the embedded toy checkpoint), a folder in diffusers or original
-                layout, or a Hub id of either layout.
+                layout, or an `s3://` address or Hub id of either layout.
             variant_dir: which DiT of an original-layout checkpoint, e.g. `"acestep-v15-base"`.
             torch_dtype: dtype of every component but the VAE.
             vae_dtype: dtype of the VAE; `torch_dtype` if None.
@@ -267,7 +269,7 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
 def resolve_checkpoint(
     name: str, *, variant_dir: str | None = None, revision: str | None = None, cache_dir: str | None = None
 ) -> Path | OriginalCheckpoint:
-    """Turn what the user named into files on disk, downloading what is on the Hub.
+    """Turn what the user named into files on disk, downloading what is on S3 or the Hub, and no more than is needed.
 
     Returns:
         A folder in diffusers layout, or the parts of an original-layout checkpoint.
@@ -278,7 +280,7 @@ def resolve_checkpoint(
     if name == TINY_NAME:
         return tiny_checkpoint_path()
     if name.startswith("s3://"):
-        raise UsageError(f"{name}: checkpoints are read from folders and the Hub; copy it to a folder first.")
+        return _resolve_s3(name, variant_dir)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _resolve_folder(folder, variant_dir)
@@ -297,10 +299,29 @@ def _resolve_folder(folder: Path, variant_dir: str | None) -> Path | OriginalChe
     return folder
 
 
+def _resolve_s3(address: str, variant_dir: str | None) -> Path | OriginalCheckpoint:
+    def choose(names: list[str]) -> list[str]:
+        patterns = [MODEL_INDEX_NAME, *DIFFUSERS_PATTERNS]
+        if MODEL_INDEX_NAME not in names:
+            dits = sorted(
+                name.removesuffix(f"/{SILENCE_LATENT_NAME}") for name in names if f"/{SILENCE_LATENT_NAME}" in name
+            )
+            if variant_dir not in dits and not (variant_dir is None and len(dits) == 1):
+                missing = f"no ACE-Step 1.5 DiT in {variant_dir!r}" if variant_dir else "no single ACE-Step 1.5 DiT"
+                raise UsageError(
+                    f"{address} holds {missing} (found: {', '.join(dits) or 'none'}); choose one with --variant_dir."
+                )
+            patterns = [f"{variant_dir or dits[0]}/{pattern}" for pattern in DIT_PATTERNS]
+            patterns += [f"{VAE_DIR}/*", f"{TEXT_ENCODER_DIR}/*"]
+        return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+    return _resolve_folder(local_copy(address, choose=choose), variant_dir)
+
+
 def _resolve_hub(
     name: str, *, variant_dir: str | None, revision: str | None, cache_dir: str | None
 ) -> Path | OriginalCheckpoint:
-    """Find out what a repository holds from a few small files, then download what is needed of it and no more."""
+    """Find out what a repository holds from a few small files, then download what is needed of it."""
 
     def fetch(repo: str, patterns: list[str], *, partly: bool = False) -> Path:
         at = revision if repo == name else None

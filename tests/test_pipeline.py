@@ -22,6 +22,7 @@ from acestep_pipeline.checkpoint_conversion import OriginalCheckpoint
 from acestep_pipeline.conditioning import MAX_TEXT_TOKENS, PromptFields, count_lost_tokens, encode_condition
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.pipeline import prepend_timbre_special_token, resolve_checkpoint
+from acestep_pipeline.storage.publishing import publish
 from acestep_pipeline.tiny_checkpoint import build_tiny_pipeline, build_tokenizer, write_tiny_checkpoint
 from tests.hub_server import serve_hub
 from tests.original_layout import write_original_checkpoint
@@ -64,6 +65,31 @@ def reference(tiny_dir) -> dict[str, torch.Tensor]:
     """What plain diffusers generates with the tiny checkpoint: latents and audio."""
     pipeline = AceStepPipeline.from_pretrained(tiny_dir)
     return {output_type: generate(pipeline, output_type) for output_type in ("latent", "pt")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# S3
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_either_layout_loads_from_s3_published_or_not_and_only_what_is_needed(
+    s3_folder, tiny_dir, original_dir, reference, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACESTEP_CACHE_DIR", str(tmp_path / "cache"))
+    s3_folder.put({f"plain/{name}": content for name, content in files_of(tiny_dir).items()} | {"plain/big.bin": b"x"})
+    publish(tiny_dir, f"{s3_folder.url}/published")
+    originals = files_of(original_dir)
+    s3_folder.put({f"original/{name}": content for name, content in originals.items()})
+    for name in ("plain", "published", "original"):
+        pipeline = ACEStepPipeline.from_pretrained(f"{s3_folder.url}/{name}")
+        assert torch.equal(generate(pipeline), reference["pt"]), name
+    fetched = {path.name for path in (tmp_path / "cache" / "s3").rglob("*")}
+    assert "big.bin" not in fetched and "acestep-5Hz-lm-1.7B" not in fetched
+    with pytest.raises(UsageError, match=r"no ACE-Step 1.5 DiT in 'turbo' \(found: acestep-v15-base\); choose one"):
+        resolve_checkpoint(f"{s3_folder.url}/original", variant_dir="turbo")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,8 +161,10 @@ def test_file_in_the_place_of_a_folder(tiny_dir):
     assert "model_index.json" in usage_error(tiny_dir / "model_index.json")
 
 
-def test_s3_address_says_what_to_do():
-    assert "copy it to a folder first" in usage_error("s3://bucket/model")
+def test_s3_address_without_credentials_says_what_to_do(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    assert "no credentials" in usage_error("s3://bucket/model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def add_arguments(commands: argparse._SubParsersAction, add_command) -> None:
 
 
 def _add_base_arguments(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("--pretrained_model_name_or_path", help=f"tiny, a folder or a Hub id: {what}")
+    command.add_argument("--pretrained_model_name_or_path", help=f"tiny, a folder, s3://… or a Hub id: {what}")
     command.add_argument("--variant_dir", help="which DiT of an original-layout checkpoint, e.g. acestep-v15-base")
     command.add_argument("--revision", help="branch, tag or commit of the checkpoint on the Hub")
 

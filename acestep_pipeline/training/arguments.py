@@ -30,7 +30,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def _add_model_arguments(g) -> None:
-    g.add_argument("--pretrained_model_name_or_path", help="tiny, a folder (diffusers or original layout) or a Hub id; unset: $ACESTEP_MODEL, else /model, else the published base checkpoint (with an xl_ preset XL's)")
+    g.add_argument("--pretrained_model_name_or_path", help="tiny, or a folder, s3://… or Hub id (diffusers or original layout); unset: $ACESTEP_MODEL, else /model, else the published base checkpoint (with an xl_ preset XL's)")
     g.add_argument("--variant_dir", help="which DiT of an original-layout checkpoint, e.g. acestep-v15-base")
     g.add_argument("--revision", help="branch, tag or commit on the Hub")
     g.add_argument("--cache_dir", help="where the Hub's downloads are kept")
