@@ -11,7 +11,7 @@ def add_model_arguments(command: argparse.ArgumentParser) -> None:
     """Add `--pretrained_model_name_or_path` and what belongs to it."""
     command.add_argument(
         "--pretrained_model_name_or_path",
-        help="tiny, a folder, s3://… or a Hub id; unset: $ACESTEP_MODEL, else /model, else the published base checkpoint",
+        help="tiny, a folder, s3://… or Hub id; unset: $ACESTEP_MODEL, else /model, else the published base",
     )
     command.add_argument("--variant_dir", help="which DiT of an original-layout checkpoint, e.g. acestep-v15-base")
     command.add_argument("--revision", help="branch, tag or commit on the Hub")
