@@ -389,8 +389,7 @@ def test_a_manifest_that_arrives_damaged_is_read_again(s3_folder, tmp_path, monk
 
 
 def test_large_files_travel_in_parts(s3_folder, tmp_path, monkeypatch):
-    for module in ("publishing", "s3_store", "s3", "release_pull"):
-        monkeypatch.setattr(f"acestep_pipeline.storage.{module}.LARGE_BYTES", 8 << 20)
+    monkeypatch.setattr("acestep_pipeline.storage.transfer_progress.LARGE_BYTES", 8 << 20)
     address, whole = f"{s3_folder.url}/lora/x", noise("large", 20 << 20)
     push(write(tmp_path / "run", {"large": whole}), address)
     (stored,) = open_store(address).list_keys("content/")

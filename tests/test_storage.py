@@ -145,8 +145,7 @@ def test_two_pulls_into_one_folder_wait_for_each_other(s3_folder, tmp_path):
 
 
 def test_objects_in_parts_are_fetched_in_parts_and_checked(s3_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("acestep_pipeline.storage.s3.LARGE_BYTES", 8 << 20)
-    monkeypatch.setattr("acestep_pipeline.storage.copies.LARGE_BYTES", 8 << 20)
+    monkeypatch.setattr("acestep_pipeline.storage.transfer_progress.LARGE_BYTES", 8 << 20)
     whole = noise("large", 20 << 20)
     s3_folder.client.upload_fileobj(io.BytesIO(whole), s3_folder.server.bucket, f"{s3_folder.name}/large.bin")
     (file,) = list_objects(s3_folder.url)
@@ -178,7 +177,7 @@ def test_what_arrives_damaged_is_fetched_again_and_given_up_when_it_stays_so(s3_
 
 @pytest.mark.parametrize("large_bytes", [64 << 20, 1])
 def test_an_object_that_changes_after_it_was_listed_is_not_taken(s3_folder, tmp_path, monkeypatch, large_bytes):
-    monkeypatch.setattr("acestep_pipeline.storage.s3.LARGE_BYTES", large_bytes)
+    monkeypatch.setattr("acestep_pipeline.storage.transfer_progress.LARGE_BYTES", large_bytes)
     s3_folder.put({"x": b"old", "y": b"gone"})
     x, y = list_objects(s3_folder.url)
     s3_folder.put({"x": b"new"})

@@ -48,12 +48,22 @@ def add_arguments(actions: argparse._SubParsersAction, add: Callable[..., argpar
     action.add_argument("--force", action="store_true", help="replace a folder that an earlier pull brought")
     _add_transfer_arguments(action)
 
+    action = add(actions, "sync", "make a folder or an s3:// prefix hold the files of another, under their "
+                 "plain names, as `aws s3 sync` does", _sync)  # fmt: skip
+    action.add_argument("source", help="a folder's path, or s3://bucket/prefix; of a release, its files")
+    action.add_argument("target", help="the same; it holds no releases")
+    action.add_argument("--delete", action="store_true", help="remove from the target what the source does not have")
+    action.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    action.add_argument("--checksum", action="store_true", help="compare the content of files of equal size, whatever "
+                        "their times say")  # fmt: skip
+    _add_transfer_arguments(action)
+
     action = add(actions, "verify", "read the content of a release and compare its SHA-256", _verify)
     action.add_argument("name", help=_NAME_HELP)
     group = action.add_mutually_exclusive_group()
     group.add_argument("--version", help="a release's tag or number (default: the latest)")
     group.add_argument("--all", action="store_true", help="of every release")
-    _add_transfer_arguments(action)
+    _add_transfer_arguments(action, only_reads=True)
 
     action = add(actions, "rollback", "make an earlier release the latest again, as a new release", _rollback)
     action.add_argument("name", help=_NAME_HELP)
@@ -66,15 +76,27 @@ def add_arguments(actions: argparse._SubParsersAction, add: Callable[..., argpar
                         "it may be a push under way (default: 24 hours, at least 2)")  # fmt: skip
 
 
-def _add_transfer_arguments(action: argparse.ArgumentParser) -> None:
+def _add_transfer_arguments(action: argparse.ArgumentParser, *, only_reads: bool = False) -> None:
     action.add_argument("--num_workers", type=_count, default=NUM_WORKERS, metavar="N", help="requests at a time "
                         f"(default: {NUM_WORKERS})")  # fmt: skip
+    if not only_reads:
+        action.add_argument("--max_bandwidth", type=_rate, metavar="RATE", help="of all requests together, e.g. "
+                            "10MB/s (default: no limit)")  # fmt: skip
 
 
 def _count(text: str) -> int:
     if not re.fullmatch("[1-9][0-9]{0,3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of requests; give 1 or more")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    """Bytes a second."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(k|M|G)B(?:/s)?", text, re.IGNORECASE)
+    rate = float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()] if match else 0
+    if rate < 1e4:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate; give at least 10kB/s, e.g. 500kB/s or 10MB/s")
+    return rate
 
 
 def address_of(name: str, *, partly: bool = False) -> str:
@@ -131,6 +153,7 @@ def _push(args: argparse.Namespace) -> int:
         force=args.force,
         include_checkpoints=args.include_checkpoints,
         num_workers=args.num_workers,
+        max_bytes_per_s=args.max_bandwidth,
     )
     manifest = published.manifest
     if published.left_out:
@@ -150,9 +173,38 @@ def _pull(args: argparse.Namespace) -> int:
 
     address = address_of(args.name)
     manifest, fetched = pull_release(
-        address, args.directory, version=args.version, force=args.force, num_workers=args.num_workers
+        address,
+        args.directory,
+        version=args.version,
+        force=args.force,
+        num_workers=args.num_workers,
+        max_bytes_per_s=args.max_bandwidth,
     )
     print(f"{one_line(str(args.directory))} is {shown(address)}: {_describe(manifest)}; {_megabytes(fetched)} fetched")
+    return 0
+
+
+def _sync(args: argparse.Namespace) -> int:
+    from .. import storage
+
+    report = storage.sync(
+        args.source,
+        args.target,
+        delete=args.delete,
+        dry_run=args.dry_run,
+        compare_content=args.checksum,
+        num_workers=args.num_workers,
+        max_bytes_per_s=args.max_bandwidth,
+    )
+    if args.dry_run:
+        for did, names in (("would send", report.sent), ("would remove", report.removed)):
+            for name in names:
+                print(f"{did} {one_line(name)}")
+    sent, removed = ("would be sent", "to remove") if args.dry_run else ("sent", "removed")
+    print(
+        f"{one_line(shown(args.target))}: {len(report.sent)} files of {_megabytes(report.sent_bytes)} {sent}, "
+        f"{report.num_unchanged} unchanged, {len(report.removed)} {removed}"
+    )
     return 0
 
 

@@ -6,11 +6,9 @@ next pull fetches only what changed and removes only what a pull brought.
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,13 +16,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..data.text.text_files import one_line
-from ..engines import map_in_order
 from ..errors import UsageError
 from ..files import write_text
 from ..paths import cache_dir, free_space_bytes, probe_writable
-from ..progress import progress_bar
-from .s3 import LARGE_BYTES, RemoteFile, fetch, open_client, parse_address, s3_errors, shown
+from .s3 import RemoteFile, fetch, open_client, parse_address, s3_errors, shown
 from .s3_listing import PULL_FOLDER, list_files
+from .transfer_progress import counting, small_and_large
 
 # Requests in flight: at ~10 ms for each, enough that small files don't wait for one another.
 NUM_WORKERS = 8
@@ -225,30 +222,20 @@ def _fetch_all(
     client: Any, bucket: str, todo: dict[str, RemoteFile], index: _Index, *, num_workers: int, show_progress: bool
 ) -> None:
     total = sum(file.size for file in todo.values())
-    bar = progress_bar(total=total, desc="Downloading", unit="B", unit_scale=True, disable=not show_progress)
-    lock = threading.Lock()
+    numbers = {name: number for number, name in enumerate(todo)}
+    with counting(total, "Downloading", show_progress=show_progress) as count:
 
-    def count(size: int) -> None:
-        with lock:
-            bar.update(size)
+        def place(name: str, threads: int) -> str:
+            partial = index.root / PULL_FOLDER / "partial" / str(numbers[name])
+            fetch(client, bucket, todo[name], partial, threads=threads, count=count)
+            path = index.path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(partial, path)
+            return name
 
-    def place(numbered: tuple[int, str], threads: int = 1) -> str:
-        number, name = numbered
-        partial = index.root / PULL_FOLDER / "partial" / str(number)
-        fetch(client, bucket, todo[name], partial, threads=threads, count=count)
-        path = index.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(partial, path)
-        return name
-
-    numbered = list(enumerate(todo))
-    small = [item for item in numbered if todo[item[1]].size < LARGE_BYTES]
-    large = [item for item in numbered if todo[item[1]].size >= LARGE_BYTES]
-    written = time.monotonic()
-    with bar:
+        written = time.monotonic()
         try:
-            placed = map_in_order(place, small, num_workers=num_workers)
-            for name in itertools.chain(placed, (place(item, num_workers) for item in large)):
+            for name in small_and_large(place, todo, lambda name: todo[name].size, num_workers=num_workers):
                 index.files[name] = todo[name]
                 if time.monotonic() - written > _INDEX_INTERVAL_S:
                     index.write()

@@ -29,6 +29,10 @@ class Stored:
     etag: str
     modified: float
 
+    @classmethod
+    def of_file(cls, key: str, status: os.stat_result) -> "Stored":
+        return cls(key, status.st_size, f"{status.st_ino}-{status.st_mtime_ns}", status.st_mtime)
+
 
 class FolderStore:
     """Keys below a folder. Conditional writes take a file lock: the file system must have these on all its machines.
@@ -49,12 +53,8 @@ class FolderStore:
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and name != _LOCK_NAME and not name.startswith(_PARTIAL_PREFIX):
                     with contextlib.suppress(FileNotFoundError):  # gc works at the same time
-                        found.append(self._stored(key, path.stat()))
+                        found.append(Stored.of_file(key, path.stat()))
         return sorted(found, key=lambda stored: stored.key)
-
-    @staticmethod
-    def _stored(key: str, status: os.stat_result) -> Stored:
-        return Stored(key, status.st_size, f"{status.st_ino}-{status.st_mtime_ns}", status.st_mtime)
 
     def list_level(self, prefix: str) -> tuple[list[str], list[str]]:
         folder = self.root / prefix
@@ -130,7 +130,7 @@ class FolderStore:
 
     def unfinished(self, prefix: str) -> list[Stored]:
         return [
-            self._stored(path.relative_to(self.root).as_posix(), path.stat())
+            Stored.of_file(path.relative_to(self.root).as_posix(), path.stat())
             for path in (self.root / prefix).rglob(f"{_PARTIAL_PREFIX}*")
         ]
 

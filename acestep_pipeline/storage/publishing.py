@@ -13,7 +13,6 @@ only grows.
 """
 
 import re
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from pathlib import Path
 from ..data.text.text_files import one_line
 from ..engines import map_in_order
 from ..errors import RunError, UsageError
-from ..progress import progress_bar
 from .copies import NUM_WORKERS
 from .release_manifest import (
     CONTENT_FOLDER,
@@ -38,8 +36,9 @@ from .release_manifest import (
     new_release,
     parse_manifest,
 )
-from .s3 import LARGE_BYTES, shown
+from .s3 import shown
 from .stores import Store, open_store
+from .transfer_progress import counting, small_and_large
 
 # Content that no manifest names is used again if it is younger than this, and `gc` leaves alone what is younger than
 # a day: a publisher has the rest of the day to finish.
@@ -67,6 +66,7 @@ def publish(
     include_checkpoints: bool = False,
     num_workers: int = NUM_WORKERS,
     show_progress: bool = True,
+    max_bytes_per_s: float | None = None,
 ) -> Published:
     """Publish the files of a folder as a release at `s3://bucket/name` or in a folder.
 
@@ -81,6 +81,7 @@ def publish(
         include_checkpoints: publish what resuming a training needs, too.
         num_workers: requests at a time.
         show_progress: draw a bar of bytes.
+        max_bytes_per_s: limit of the rate, of all requests together.
 
     Raises:
         UsageError: nothing to publish, the place is taken, the version is, or S3 or the file system refuses.
@@ -106,7 +107,15 @@ def publish(
         _check_may_follow(store, latest[0], None, force)
     if version is not None and any(version == old.version for old in history):
         raise UsageError(f"{shown(store.url)} has a version {version} already; name another one.")
-    sent = _send(store, directory, files, history, num_workers=num_workers, show_progress=show_progress)
+    sent = _send(
+        store,
+        directory,
+        files,
+        history,
+        num_workers=num_workers,
+        show_progress=show_progress,
+        max_bytes_per_s=max_bytes_per_s,
+    )
     if _stats(directory, names) != before:
         raise RunError(f"{one_line(str(directory))} changed while it was sent; nothing was published, run it again.")
     manifest = new_release(files, parent=latest[0] if latest else None, version=version, message=message)
@@ -148,6 +157,7 @@ def _send(
     *,
     num_workers: int,
     show_progress: bool,
+    max_bytes_per_s: float | None,
 ) -> int:
     """Upload the content that is not there yet; returns its bytes."""
     named = {file.sha256 for manifest in history for file in manifest.files}
@@ -159,23 +169,14 @@ def _send(
     }
     todo = list({file.sha256: file for file in files if there.get(file.sha256) != file.size}.values())
     total = sum(file.size for file in todo)
-    bar = progress_bar(total=total, desc="Uploading", unit="B", unit_scale=True, disable=not show_progress)
-    lock = threading.Lock()
+    with counting(total, "Uploading", show_progress=show_progress, max_bytes_per_s=max_bytes_per_s) as count:
 
-    def count(size: int) -> None:
-        with lock:
-            bar.update(size)
+        def send(file: ManifestFile, threads: int) -> None:
+            key = f"{CONTENT_FOLDER}/{file.sha256}"
+            store.put(directory / file.file, key, size=file.size, sha256=file.sha256, count=count, threads=threads)
 
-    def send(file: ManifestFile, threads: int = 1) -> None:
-        key = f"{CONTENT_FOLDER}/{file.sha256}"
-        store.put(directory / file.file, key, size=file.size, sha256=file.sha256, count=count, threads=threads)
-
-    with bar:
-        for _ in map_in_order(send, [file for file in todo if file.size < LARGE_BYTES], num_workers=num_workers):
+        for _ in small_and_large(send, todo, lambda file: file.size, num_workers=num_workers):
             pass
-        for file in todo:
-            if file.size >= LARGE_BYTES:
-                send(file, num_workers)
     stored = {file.key.rpartition("/")[2]: file.size for file in store.list_keys(f"{CONTENT_FOLDER}/")}
     if lacking := [file.file for file in files if stored.get(file.sha256) != file.size]:
         raise RunError(

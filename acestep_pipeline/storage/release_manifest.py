@@ -139,7 +139,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def check_names(names: Iterable[str], where: str) -> None:
+def check_names(names: Iterable[str], where: str, *, may_hold_manifest: bool = False) -> None:
     """Refuse names of files that could lead out of a folder, or could not lie in it together, on any system.
 
     Raises:
@@ -148,7 +148,7 @@ def check_names(names: Iterable[str], where: str) -> None:
     seen: set[str] = set()
     folders: set[str] = set()
     for name in names:
-        if reason := _refusal(name):
+        if (reason := _refusal(name)) and not (may_hold_manifest and name == MANIFEST_NAME):
             raise UsageError(f"{where}: {one_line(name)!r} is no safe file name ({reason}); rename it.")
         if name in seen:
             raise UsageError(f"{where}: {one_line(name)!r} is there twice; publish it again.")

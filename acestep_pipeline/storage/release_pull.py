@@ -4,22 +4,20 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..data.text.text_files import one_line
-from ..engines import map_in_order
 from ..errors import RunError, UsageError
 from ..files import flush_to_disk, sha256
 from ..paths import free_space_bytes, probe_writable
-from ..progress import progress_bar
 from .copies import NUM_WORKERS, file_errors
 from .folder_store import Stored
 from .publishing import find_release
 from .release_manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestFile, parse_manifest
-from .s3 import LARGE_BYTES, shown
+from .s3 import shown
 from .stores import Store, open_store
+from .transfer_progress import counting, small_and_large
 
 # Below the temporary folder: what is complete and checked, under its final name; what is on its way; what was there.
 _DONE, _ARRIVING, _OLD = "new", "arriving", "old"
@@ -35,6 +33,7 @@ def pull_release(
     force: bool = False,
     num_workers: int = NUM_WORKERS,
     show_progress: bool = True,
+    max_bytes_per_s: float | None = None,
 ) -> tuple[Manifest, int]:
     """Make `directory` hold a release and its manifest.
 
@@ -50,6 +49,7 @@ def pull_release(
             is not replaced.
         num_workers: requests at a time.
         show_progress: draw a bar of bytes.
+        max_bytes_per_s: limit of the rate, of all requests together.
 
     Returns:
         The manifest, and the bytes that were fetched.
@@ -77,7 +77,15 @@ def pull_release(
             with FileLock(partial / "lock", timeout=0):
                 _put_back(partial, directory)
                 todo = _take_what_is_right(manifest, partial, directory)
-                fetched = _fetch(store, manifest, todo, partial, num_workers=num_workers, show_progress=show_progress)
+                fetched = _fetch(
+                    store,
+                    manifest,
+                    todo,
+                    partial,
+                    num_workers=num_workers,
+                    show_progress=show_progress,
+                    max_bytes_per_s=max_bytes_per_s,
+                )
                 _finish(manifest, partial, directory)
         except Timeout:
             raise UsageError(f"{one_line(str(directory))} is being pulled by another process; wait for it.") from None
@@ -179,6 +187,7 @@ def _fetch(
     *,
     num_workers: int,
     show_progress: bool,
+    max_bytes_per_s: float | None,
 ) -> int:
     """Download files, equal ones once; returns the bytes."""
     if not todo:
@@ -194,34 +203,29 @@ def _fetch(
     if needed > free:
         where = one_line(str(partial.parent))
         raise UsageError(f"{where} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are to come; make room.")
-    bar = progress_bar(total=total, desc="Downloading", unit="B", unit_scale=True, disable=not show_progress)
-    lock = threading.Lock()
+    with counting(total, "Downloading", show_progress=show_progress, max_bytes_per_s=max_bytes_per_s) as count:
 
-    def count(size: int) -> None:
-        with lock:
-            bar.update(size)
+        def place(files: list[ManifestFile], threads: int) -> None:
+            arriving = partial / _ARRIVING / files[0].sha256
+            fetch_checked(store, stored[manifest.key(files[0])], files[0], arriving, count=count, threads=threads)
+            _place(files, arriving, partial / _DONE)
 
-    def place(files: list[ManifestFile], threads: int = 1) -> None:
-        arriving = partial / _ARRIVING / files[0].sha256
-        _fetch_checked(store, stored[manifest.key(files[0])], files[0], arriving, count=count, threads=threads)
-        for file in files:
-            target = partial / _DONE / file.file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if file is files[-1]:
-                os.replace(arriving, target)
-            else:
-                copy = arriving.with_name(f"{file.sha256}-copy")
-                shutil.copyfile(arriving, copy)
-                os.replace(copy, target)
-
-    with bar:
-        small = [files for files in same.values() if files[0].size < LARGE_BYTES]
-        for _ in map_in_order(place, small, num_workers=num_workers):
+        for _ in small_and_large(place, same.values(), lambda files: files[0].size, num_workers=num_workers):
             pass
-        for files in same.values():
-            if files[0].size >= LARGE_BYTES:
-                place(files, num_workers)
     return total
+
+
+def _place(files: list[ManifestFile], arrived: Path, folder: Path) -> None:
+    """Give what has arrived the names of all the files that it is."""
+    for file in files:
+        target = folder / file.file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file is files[-1]:
+            os.replace(arrived, target)
+        else:
+            copy = arrived.with_name(f"{file.sha256}-copy")
+            shutil.copyfile(arrived, copy)
+            os.replace(copy, target)
 
 
 def _stored(store: Store, manifest: Manifest) -> dict[str, Stored]:
@@ -240,7 +244,10 @@ def _check_stored(store: Store, manifest: Manifest, file: ManifestFile, stored: 
         )
 
 
-def _fetch_checked(store: Store, stored: Stored, file: ManifestFile, path: Path, *, count, threads: int) -> None:
+def fetch_checked(
+    store: Store, stored: Stored, file: ManifestFile, path: Path, *, count: Callable[[int], None], threads: int
+) -> None:
+    """Fetch a file of a release, again if it is not what its manifest says; `RunError` where it stays so."""
     for _ in range(_ATTEMPTS):
         store.fetch(stored, path, count=count, threads=threads)
         if path.stat().st_size == file.size and sha256(path) == file.sha256:

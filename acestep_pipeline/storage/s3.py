@@ -17,9 +17,7 @@ from typing import Any
 from ..data.text.text_files import one_line
 from ..errors import RunError, UsageError
 from ..paths import without_secrets
-
-# Larger objects come one after another in parallel parts; smaller ones beside each other, each in one request.
-LARGE_BYTES = 64 * 1024**2
+from . import transfer_progress
 
 _ADDRESS = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/(.*))?", re.DOTALL)
 _ATTEMPTS = 3
@@ -206,7 +204,7 @@ def fetch(
 
     # The classic client: the other one has retries and a checksum policy of its own.
     config = TransferConfig(
-        multipart_threshold=LARGE_BYTES,
+        multipart_threshold=transfer_progress.LARGE_BYTES,
         max_concurrency=threads,
         use_threads=threads > 1,
         preferred_transfer_client="classic",
@@ -228,7 +226,12 @@ def fetch(
 
 
 def is_intact(client: Any, bucket: str, file: RemoteFile, path: Path) -> bool:
-    """Whether a download has the size that was listed and, where the ETag is made of MD5s, those.
+    """Whether a download has the size that was listed and, where the ETag is made of MD5s, those."""
+    return has_etag(client, bucket, file, path) is not False
+
+
+def has_etag(client: Any, bucket: str, file: RemoteFile, path: Path) -> bool | None:
+    """Whether a file has an object's size and the MD5s of its ETag; None where the ETag is not made of MD5s.
 
     An ETag is the content's MD5; or, after an upload in parts, the MD5 of the parts' MD5s, a dash and their number.
     It is neither for objects encrypted with KMS or a customer's key, nor in directory buckets (S3 user guide,
@@ -238,7 +241,7 @@ def is_intact(client: Any, bucket: str, file: RemoteFile, path: Path) -> bool:
         return False
     match = re.fullmatch(r'"?([0-9a-f]{32})(?:-(\d+))?"?', file.etag)
     if not match or bucket.endswith("--x-s3"):
-        return True
+        return None
     if match[2] is None and _md5s(path, [file.size])[0].hex() == match[1]:
         return True
     parts = int(match[2] or 1)
@@ -246,10 +249,10 @@ def is_intact(client: Any, bucket: str, file: RemoteFile, path: Path) -> bool:
     head = client.head_object(**request)
     encrypted = head.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in head
     if encrypted or match[2] is None:
-        return encrypted
+        return None if encrypted else False
     first = head["ContentLength"]
     if not first * (parts - 1) < file.size <= first * parts:
-        return True  # parts of unequal sizes, or a server that doesn't know parts: the size must do
+        return None  # parts of unequal sizes, or a server that doesn't know parts: the size must do
     sizes = [first] * (parts - 1) + [file.size - first * (parts - 1)]
     return hashlib.md5(b"".join(_md5s(path, sizes)), usedforsecurity=False).hexdigest() == match[1]
 

@@ -1,14 +1,18 @@
 """Releases kept on S3: the keys below a prefix (`stores`), read and written with conditions and checksums."""
 
 import base64
+import contextlib
+import time
 from collections.abc import Callable, Iterable
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from ..errors import UsageError
+from . import transfer_progress
 from .copies import NUM_WORKERS
 from .folder_store import BLOCK_BYTES, Stored, digest
 from .release_manifest import PROBE_KEY
-from .s3 import LARGE_BYTES, RemoteFile, fetch, open_client, parse_address, read_object, s3_errors, shown
+from .s3 import RemoteFile, fetch, open_client, parse_address, read_object, s3_errors, shown
 
 # What says that a condition does not hold, that another request was writing, that what to compare with is gone.
 _LOST = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409", "NoSuchKey", "404"}
@@ -20,25 +24,32 @@ class S3Store:
     def __init__(self, url: str, *, num_workers: int = NUM_WORKERS) -> None:
         self.bucket, self.folder = parse_address(url)
         self.url = url.rstrip("/")
+        # How far the server's clock is ahead of this machine's, to the second.
+        self.clock_ahead_s = 0.0
+        # When, by the server's clock, the listing began.
+        self.listed_at = 0.0
         with s3_errors(url):
             self.client = open_client(num_workers)
 
     def list_keys(self, prefix: str = "") -> list[Stored]:
         """Everything whose key begins with `prefix`."""
+        found = []
         with s3_errors(self.url):
             pages = self.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self.folder + prefix
             )
-            return [
-                Stored(
-                    entry["Key"].removeprefix(self.folder),
-                    entry["Size"],
-                    entry["ETag"],
-                    entry["LastModified"].timestamp(),
-                )
-                for page in pages
-                for entry in page.get("Contents", [])
-            ]
+            for page in pages:
+                self._look_at_clock(page["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
+                for entry in page.get("Contents", []):
+                    key, modified = entry["Key"].removeprefix(self.folder), entry["LastModified"].timestamp()
+                    found.append(Stored(key, entry["Size"], entry["ETag"], modified))
+        return found
+
+    def _look_at_clock(self, date: str) -> None:
+        with contextlib.suppress(TypeError, ValueError):
+            now = parsedate_to_datetime(date).timestamp()
+            self.clock_ahead_s = now - time.time()
+            self.listed_at = self.listed_at or now
 
     def list_level(self, prefix: str) -> tuple[list[str], list[str]]:
         """The keys directly below `prefix`, and the prefixes (ending in /) below which there are more."""
@@ -104,7 +115,7 @@ class S3Store:
             def on_progress(self, future, bytes_transferred, **kwargs):
                 count(bytes_transferred)
 
-        large = size >= LARGE_BYTES
+        large = transfer_progress.is_large(size)
         # Of an upload in parts S3 keeps the hash of the parts' hashes, which only it can know beforehand.
         checked = (
             {"ChecksumAlgorithm": "SHA256"}
@@ -112,7 +123,7 @@ class S3Store:
             else {"ChecksumSHA256": base64.b64encode(bytes.fromhex(sha256)).decode()}
         )
         config = TransferConfig(
-            multipart_threshold=LARGE_BYTES,
+            multipart_threshold=transfer_progress.LARGE_BYTES,
             max_concurrency=threads,
             use_threads=threads > 1,
             preferred_transfer_client="classic",

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from ..data.text.text_files import one_line
 from ..engines import map_in_order
 from ..errors import UsageError
-from ..progress import progress_bar
 from .copies import NUM_WORKERS
 from .folder_store import Stored
 from .publishing import REUSED_S, find_release, read_history, read_latest
@@ -24,6 +22,7 @@ from .release_manifest import (
 )
 from .s3 import shown
 from .stores import Store, open_store
+from .transfer_progress import counting
 
 # How deep below an address published names are looked for.
 _MAX_DEPTH = 5
@@ -94,12 +93,6 @@ def verify(
         releases = read_history(store, releases[0])
     files = {release.key(file): file for release in reversed(releases) for file in release.files}
     total = sum(file.size for file in files.values())
-    bar = progress_bar(total=total, desc="Verifying", unit="B", unit_scale=True, disable=not show_progress)
-    lock = threading.Lock()
-
-    def count(size: int) -> None:
-        with lock:
-            bar.update(size)
 
     def damage(key: str) -> str | None:
         file = files[key]
@@ -109,7 +102,7 @@ def verify(
         state = "is missing or has another size" if digest is None else "has another SHA-256"
         return f"{one_line(file.file)} {state} ({key})"
 
-    with bar:
+    with counting(total, "Verifying", show_progress=show_progress) as count:
         found = [sentence for sentence in map_in_order(damage, files, num_workers=num_workers) if sentence]
     return releases, found
 

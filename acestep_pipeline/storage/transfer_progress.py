@@ -1,0 +1,65 @@
+"""What a transfer shows and how it is paced: a bar with rate and time left, a limit, files in turn."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from ..engines import map_in_order
+from ..progress import progress_bar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Larger files come one after another in parallel parts; smaller ones beside each other, each in one request.
+LARGE_BYTES = 64 * 1024**2
+
+
+def is_large(size: int) -> bool:
+    """Whether a file of so many bytes travels in parts."""
+    return size >= LARGE_BYTES
+
+
+class ByteCount:
+    """Called with the bytes that have gone over the line (less than none: they go again), from any thread.
+
+    Where the rate is limited, the call returns only when the next bytes may go: all threads together keep to it.
+    """
+
+    def __init__(self, update: Callable[[int], object], max_bytes_per_s: float | None = None) -> None:
+        self.is_limited = max_bytes_per_s is not None
+        self._update, self._rate = update, max_bytes_per_s
+        self._lock, self._free_at = threading.Lock(), 0.0
+
+    def __call__(self, size: int) -> None:
+        with self._lock:
+            self._update(size)
+            if self._rate is None or size <= 0:
+                return
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now) + size / self._rate
+            wait_s = self._free_at - now
+        time.sleep(wait_s)
+
+
+@contextlib.contextmanager
+def counting(
+    total: int, title: str, *, show_progress: bool, max_bytes_per_s: float | None = None
+) -> Iterator[ByteCount]:
+    """A bar of `total` bytes, as the function that counts them and keeps the rate."""
+    with progress_bar(total=total, desc=title, unit="B", unit_scale=True, disable=not show_progress) as bar:
+        yield ByteCount(bar.update, max_bytes_per_s)
+
+
+def small_and_large(
+    work: Callable[[Item, int], Result], items: Iterable[Item], size_of: Callable[[Item], int], *, num_workers: int
+) -> Iterator[Result]:
+    """`work(item, threads)` for each: small ones beside each other with one thread, then each large one with all."""
+    items = list(items)
+    yield from map_in_order(
+        lambda item: work(item, 1), [item for item in items if not is_large(size_of(item))], num_workers=num_workers
+    )
+    for item in items:
+        if is_large(size_of(item)):
+            yield work(item, num_workers)
