@@ -16,7 +16,8 @@ TRAIN_FLAGS ?= --max_train_steps 200 --learning_rate 1e-3
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $$(nproc)
 
-.PHONY: help setup train test test-slow test-gpu bench bench-gpu style quality clean
+.PHONY: help setup train test test-slow test-gpu bench bench-gpu style quality clean \
+	image-variables image-locks image-test
 
 help:
 	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -4
@@ -69,6 +70,18 @@ style: setup
 quality: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck docker/*.sh examples/*.sh
+	$(BIN)/hadolint docker/Dockerfile.*
+
+# The image's files that are made of others, and the image itself, built and run without an engine (Debian, root).
+image-variables: setup
+	$(BIN)/python docker/write_variables.py
+
+image-locks: setup
+	UV=$(BIN)/uv docker/write_locks.sh
+
+image-test: setup
+	$(BIN)/python -m pytest docker/image_test.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

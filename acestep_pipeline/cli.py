@@ -203,3 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     args.training_flags = training_flags
     with one_sentence_errors(debug=args.debug):
         sys.exit(args.run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Literal
 
 from . import paths
+from .container.variables import PROJECT
 
 DISTRIBUTION = "ace-step-lora"
-KNOWN_VARIABLES = {"ACESTEP_MODEL", "ACESTEP_DATA", "ACESTEP_CACHE_DIR", "ACESTEP_DEBUG", "ACESTEP_S3_ROOT"}
+KNOWN_VARIABLES = {variable.name for variable in PROJECT}
 HUB_TIMEOUT_S = 5
 # A module of each optional extra of setup.cfg.
 EXTRAS = {"av": "av", "auto-tag": "librosa", "ray": "ray", "s3": "boto3", "tensorboard": "tensorboard",

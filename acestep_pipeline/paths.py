@@ -40,11 +40,16 @@ def default_model(chosen: str | None = None, *, preset: str | None = None) -> tu
         return chosen, "--pretrained_model_name_or_path"
     if os.environ.get("ACESTEP_MODEL"):
         return os.environ["ACESTEP_MODEL"], "ACESTEP_MODEL"
-    if Path("/model").is_dir():
+    if holds_something(Path("/model")):  # a container has that folder in any case
         return "/model", "the default folder"
     if (preset or "").startswith("xl_"):
         return XL_HUB_CHECKPOINT, "the published XL base checkpoint"
     return HUB_CHECKPOINT, "the published base checkpoint"
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether `folder` is a folder and not empty."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def default_data(chosen: str | None = None) -> tuple[str, str]:

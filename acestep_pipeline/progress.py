@@ -5,13 +5,30 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import TextIO
 
 from tqdm import tqdm
 
 
+class _Lines:
+    """A stream that gets lines where tqdm redraws one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            self._stream.write(f"{line}\n")
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
 def progress_bar(**arguments) -> tqdm:
-    """A tqdm bar; into a log file it prints every ten seconds rather than ten times a second."""
-    return tqdm(mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True, **arguments)
+    """A tqdm bar; into a log file it prints a line every ten seconds rather than redrawing ten times a second."""
+    if sys.stderr.isatty():
+        return tqdm(dynamic_ncols=True, **arguments)
+    return tqdm(mininterval=10.0, ncols=120, file=_Lines(sys.stderr), **arguments)
 
 
 @contextlib.contextmanager

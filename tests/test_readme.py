@@ -14,11 +14,13 @@ from accelerate.commands.launch import launch_command_parser
 
 from acestep_pipeline import cli
 from acestep_pipeline.adapters import trainable as adapters
+from acestep_pipeline.container.variables import NAMES
 from acestep_pipeline.presets import load_preset, preset_names
 from acestep_pipeline.training import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = ("examples/fetch_free_music.sh", "./docker/train.sh")
 VENV = Path(sys.executable).parents[1]
 
 
@@ -43,6 +45,8 @@ def test_every_command_is_one_that_exists():
     kinds = set()
     for command in shell_commands():
         words = shlex.split(command, comments=True)
+        while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            assert words.pop(0).partition("=")[0] in (*NAMES, "DATA")
         if words[0] == "make":
             result = make("--dry-run", *words[1:])
             assert result.returncode == 0, result.stderr
@@ -57,10 +61,12 @@ def test_every_command_is_one_that_exists():
             runpy.run_path(str(ROOT / words[1]))["parse_args"](words[2:])
         elif words[0] == "acestep-lora":
             cli.build_parser().parse_args(words[1:])
+        elif words[:3] == ["docker", "build", "-f"]:
+            assert (ROOT / words[3]).is_file()
         else:
             assert os.access(ROOT / words[0], os.X_OK), command
         kinds.add(words[0])
-    assert kinds == {"make", "accelerate", "acestep-lora", "python", "examples/fetch_free_music.sh"}
+    assert kinds == {"make", "accelerate", "acestep-lora", "python", "docker", *SCRIPTS}
 
 
 def test_the_python_examples_run(tmp_path, tiny_pipeline, monkeypatch):

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from ..adapters.settings import read_lora_config
+from ..container.variables import TRAINING
 from ..presets import load_preset, preset_names
 from .memory import QUANTIZATION_PACKAGES
 from .objective import TIMESTEP_COMPONENTS, WEIGHTING_SCHEMES
@@ -172,6 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_output_arguments(p.add_argument_group("output"))
     p.set_defaults(rank_pattern={}, alpha_pattern={})  # from a --lora_config alone
+    for variable in TRAINING:
+        p._option_string_actions[f"--{variable.flag}"].help += f" [container: {variable.name}]"
     return p
 
 
