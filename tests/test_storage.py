@@ -16,8 +16,10 @@ from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.paths import cache_dir
 from acestep_pipeline.storage import copies as storage
 from acestep_pipeline.storage.copies import is_remote, local_copy
-from acestep_pipeline.storage.s3 import RemoteFile, fetch, is_intact, open_client, s3_errors
+from acestep_pipeline.storage.s3 import RemoteFile, is_intact, open_client, s3_errors
 from acestep_pipeline.storage.s3_listing import PULL_FOLDER, file_names, list_objects
+from acestep_pipeline.storage.s3_transfers import fetch
+from acestep_pipeline.storage.transfer_progress import UNCOUNTED
 from tests.s3_server import corrupting_proxy
 
 
@@ -184,7 +186,7 @@ def test_an_object_that_changes_after_it_was_listed_is_not_taken(s3_folder, tmp_
     s3_folder.delete("y")
     for file, message in ((x, "changed meanwhile|changed while it was read"), (y, "changed while it was read")):
         with pytest.raises(RunError, match=message), s3_errors(s3_folder.url):
-            fetch(open_client(1), s3_folder.server.bucket, file, tmp_path / "x", threads=1, count=lambda size: None)
+            fetch(open_client(1), s3_folder.server.bucket, file, tmp_path / "x", threads=1, count=UNCOUNTED)
 
 
 def test_a_full_disk_is_known_before_the_first_byte(s3_folder, tmp_path, monkeypatch):
@@ -296,6 +298,6 @@ def test_what_s3_refuses_is_one_sentence_without_secrets(s3_folder, tmp_path, mo
 
 
 def test_missing_boto3_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "boto3", None)  # Python's own way to say that there is no such module
+    monkeypatch.setitem(sys.modules, "botocore", None)  # Python's own way to say that there is no such module
     with pytest.raises(UsageError, match=r"^s3://bucket/x needs boto3: pip install 'ace-step-lora\[s3\]'\.$"):
         pull("s3://bucket/x", tmp_path / "copy")

@@ -163,7 +163,9 @@ def access_policy(role: str, address: str) -> dict:
     }[role]
     below = [f"{arn}/{folder}{kind}/*" for kind in written]
     if written:
-        statements.append(_allow("Publish", ["s3:PutObject", "s3:AbortMultipartUpload"], below))
+        statements.append(
+            _allow("Publish", ["s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"], below)
+        )
     if role == "keeper":
         # Content alone: manifests are not removed.
         content = [f"{arn}/{folder}{kind}/*/content/*" for kind in written]

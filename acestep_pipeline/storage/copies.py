@@ -6,6 +6,7 @@ next pull fetches only what changed and removes only what a pull brought.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -19,8 +20,9 @@ from ..data.text.text_files import one_line
 from ..errors import UsageError
 from ..files import write_text
 from ..paths import cache_dir, free_space_bytes, probe_writable
-from .s3 import RemoteFile, fetch, open_client, parse_address, s3_errors, shown
+from .s3 import RemoteFile, open_client, parse_address, s3_errors, shown
 from .s3_listing import PULL_FOLDER, list_files
+from .s3_transfers import fetch, keep_unfinished
 from .transfer_progress import counting, small_and_large
 
 # Requests in flight: at ~10 ms for each, enough that small files don't wait for one another.
@@ -130,13 +132,15 @@ def _pulling(root: Path) -> Iterator[None]:
         probe_writable(own)
         own.mkdir(parents=True, exist_ok=True)
         with FileLock(own / "lock"):
-            for leftover in (own / "partial", *own.glob(".partial-*")):  # a killed pull's, and a killed write_text's
+            for leftover in own.glob(".partial-*"):  # a killed write_text's
                 shutil.rmtree(leftover, ignore_errors=True)
-            (own / "partial").mkdir()
+            (own / "partial").mkdir(exist_ok=True)
             try:
+                keep_unfinished(own / "partial")
                 yield
-            finally:
                 shutil.rmtree(own / "partial", ignore_errors=True)
+            finally:
+                keep_unfinished(own / "partial")
 
 
 @contextlib.contextmanager
@@ -222,11 +226,10 @@ def _fetch_all(
     client: Any, bucket: str, todo: dict[str, RemoteFile], index: _Index, *, num_workers: int, show_progress: bool
 ) -> None:
     total = sum(file.size for file in todo.values())
-    numbers = {name: number for number, name in enumerate(todo)}
     with counting(total, "Downloading", show_progress=show_progress) as count:
 
         def place(name: str, threads: int) -> str:
-            partial = index.root / PULL_FOLDER / "partial" / str(numbers[name])
+            partial = index.root / PULL_FOLDER / "partial" / hashlib.sha256(name.encode()).hexdigest()
             fetch(client, bucket, todo[name], partial, threads=threads, count=count)
             path = index.path(name)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,11 +26,12 @@ from .release_manifest import CONTENT_FOLDER, MANIFEST_NAME, check_names
 from .release_pull import fetch_checked
 from .s3 import RemoteFile, has_etag, s3_errors, shown
 from .s3_listing import PULL_FOLDER
+from .s3_transfers import keep_unfinished
 from .stores import Store, open_store
-from .transfer_progress import ByteCount, counting, small_and_large
+from .transfer_progress import UNCOUNTED, ByteCount, counting, small_and_large
 
 # Holds, in a folder that is being written, what is on its way; gone when all has arrived.
-SYNC_FOLDER = ".ace-step-sync"
+SYNC_FOLDER, _ARRIVING = ".ace-step-sync", "arriving"
 _OWN_FOLDERS = {PULL_FOLDER, SYNC_FOLDER}
 # What `files.write_atomically` and a FolderStore call what is half-written.
 _HALF_WRITTEN = ".partial-"
@@ -257,7 +258,14 @@ def _receiving(goal: Side, size: int) -> Iterator[None]:
         own.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(own / "lock", timeout=0):
-                yield
+                if (own / _ARRIVING).is_symlink():
+                    raise UsageError(f"{one_line(str(own / _ARRIVING))} is a link; remove it.")
+                (own / _ARRIVING).mkdir(exist_ok=True)
+                keep_unfinished(own / _ARRIVING)
+                try:
+                    yield
+                finally:
+                    keep_unfinished(own / _ARRIVING)
         except Timeout:
             raise UsageError(f"{one_line(str(root))} is being written by another sync; wait for it.") from None
         shutil.rmtree(own, ignore_errors=True)
@@ -266,7 +274,7 @@ def _receiving(goal: Side, size: int) -> Iterator[None]:
 def _move(origin: Side, goal: Side, name: str, *, count: ByteCount, threads: int) -> None:
     stored = origin.files[name]
     if goal.is_local:
-        partial = goal.store.root / SYNC_FOLDER / hashlib.sha256(name.encode()).hexdigest()
+        partial = goal.store.root / SYNC_FOLDER / _ARRIVING / hashlib.sha256(name.encode()).hexdigest()
         _fetch(origin, name, partial, count=count, threads=threads)
         modified = stored.modified
         if not origin.is_local and modified > origin.store.listed_at - _DATE_S:
@@ -284,7 +292,7 @@ def _move(origin: Side, goal: Side, name: str, *, count: ByteCount, threads: int
     else:
         with tempfile.TemporaryDirectory(prefix="ace-step-") as folder, file_errors(Path(folder)):
             partial = Path(folder, "file")
-            _fetch(origin, name, partial, count=ByteCount(lambda size: None), threads=threads)
+            _fetch(origin, name, partial, count=UNCOUNTED, threads=threads)
             goal.store.put(partial, name, size=stored.size, sha256=sha256(partial), count=count, threads=threads)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..data.text.text_files import one_line
@@ -16,8 +16,9 @@ from .folder_store import Stored
 from .publishing import find_release
 from .release_manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestFile, parse_manifest
 from .s3 import shown
+from .s3_transfers import keep_unfinished
 from .stores import Store, open_store
-from .transfer_progress import counting, small_and_large
+from .transfer_progress import ByteCount, counting, small_and_large
 
 # Below the temporary folder: what is complete and checked, under its final name; what is on its way; what was there.
 _DONE, _ARRIVING, _OLD = "new", "arriving", "old"
@@ -147,8 +148,10 @@ def _put_back(partial: Path, directory: Path) -> None:
             shutil.rmtree(partial / _OLD)
         else:
             os.replace(partial / _OLD, directory)
-    shutil.rmtree(partial / _ARRIVING, ignore_errors=True)
-    (partial / _ARRIVING).mkdir()
+    if (partial / _ARRIVING).is_symlink():
+        (partial / _ARRIVING).unlink()
+    (partial / _ARRIVING).mkdir(exist_ok=True)
+    keep_unfinished(partial / _ARRIVING)
 
 
 def _take_what_is_right(manifest: Manifest, partial: Path, directory: Path) -> list[ManifestFile]:
@@ -245,7 +248,7 @@ def _check_stored(store: Store, manifest: Manifest, file: ManifestFile, stored: 
 
 
 def fetch_checked(
-    store: Store, stored: Stored, file: ManifestFile, path: Path, *, count: Callable[[int], None], threads: int
+    store: Store, stored: Stored, file: ManifestFile, path: Path, *, count: ByteCount, threads: int
 ) -> None:
     """Fetch a file of a release, again if it is not what its manifest says; `RunError` where it stays so."""
     for _ in range(_ATTEMPTS):

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 from ..data.text.text_files import one_line
 from ..errors import RunError, UsageError
 from ..paths import without_secrets
-from . import transfer_progress
 
 _ADDRESS = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/(.*))?", re.DOTALL)
 _ATTEMPTS = 3
@@ -109,9 +108,7 @@ def s3_errors(url: str, *, writing: bool = False) -> Iterator[None]:
     """Turn what boto3 raises while reading (or `writing`) into one sentence. Nothing of its own texts is passed on:
     some hold addresses with passwords in them (a proxy's, an endpoint's)."""
     try:
-        import boto3.session  # noqa: F401 - what `open_client` needs
         from botocore import exceptions as failures
-        from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
     except ImportError:
         raise UsageError(f"{shown(url)} needs boto3: pip install 'ace-step-lora[s3]'.") from None
     wanted, name = shown(url), lambda error: type(error).__name__
@@ -129,9 +126,7 @@ def s3_errors(url: str, *, writing: bool = False) -> Iterator[None]:
         reason = _REFUSED.get(code, f"THE_SERVER refused it ({code}); check the address and the credentials")
         reason = reason.replace("THE_SERVER", endpoint)
         raise UsageError(f"{wanted}: {reason}.") from None
-    except S3DownloadFailedError:
-        raise RunError(f"{wanted} changed while it was read; run it again, what is complete is kept.") from None
-    except (RetriesExceededError, failures.IncompleteReadError, failures.ResponseStreamingError) as error:
+    except (failures.IncompleteReadError, failures.ResponseStreamingError) as error:
         raise RunError(f"{wanted}: the connection broke ({name(error)}); run it again to continue.") from None
     except (failures.NoCredentialsError, failures.PartialCredentialsError, failures.ProfileNotFound) as error:
         raise UsageError(f"{wanted}: no credentials ({name(error)}); {_CREDENTIALS_FIX}.") from None
@@ -174,55 +169,6 @@ def read_object(client: Any, bucket: str, key: str, *, max_bytes: int) -> tuple[
         if not plain or hashlib.md5(data, usedforsecurity=False).hexdigest() == match[1]:
             return data, answer["ETag"]
     raise RunError(f"{where} arrived damaged {_ATTEMPTS} times, or cut; run it again.")
-
-
-def fetch(
-    client: Any, bucket: str, file: RemoteFile, path: Path, *, threads: int, count: Callable[[int], None]
-) -> None:
-    """Download one object to `path`, again if it arrives damaged.
-
-    `count` is told how many bytes have arrived each time, and less than none where they are to come again. Call it
-    within `s3_errors`. Raises `RunError` when the object has changed since it was listed, or stays damaged.
-    """
-    from boto3.s3.transfer import TransferConfig, create_transfer_manager
-    from botocore.exceptions import FlexibleChecksumError
-    from s3transfer.subscribers import BaseSubscriber
-
-    arrived = 0
-
-    class Subscriber(BaseSubscriber):
-        def on_queued(self, future, **kwargs):  # what the listing said, which saves a request
-            future.meta.provide_transfer_size(file.size)
-            future.meta.provide_object_etag(file.etag)
-
-        def on_progress(self, future, bytes_transferred, **kwargs):
-            nonlocal arrived
-            arrived += bytes_transferred
-            count(bytes_transferred)
-            if arrived > file.size:  # before it fills the disk
-                raise RunError(f"s3://{bucket}/{one_line(file.key)} is larger than the server said it was.")
-
-    # The classic client: the other one has retries and a checksum policy of its own.
-    config = TransferConfig(
-        multipart_threshold=transfer_progress.LARGE_BYTES,
-        max_concurrency=threads,
-        use_threads=threads > 1,
-        preferred_transfer_client="classic",
-    )
-    for _ in range(_ATTEMPTS):
-        try:
-            with create_transfer_manager(client, config) as manager:
-                manager.download(bucket, file.key, str(path), subscribers=[Subscriber()]).result()
-            if is_intact(client, bucket, file, path):
-                return
-        except FlexibleChecksumError:
-            pass  # as damaged as one whose MD5 is wrong
-        count(-arrived)
-        arrived = 0
-    raise RunError(
-        f"s3://{bucket}/{one_line(file.key)} arrived damaged {_ATTEMPTS} times, or changed meanwhile; run it again, "
-        "what is complete is kept."
-    )
 
 
 def is_intact(client: Any, bucket: str, file: RemoteFile, path: Path) -> bool:

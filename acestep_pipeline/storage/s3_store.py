@@ -1,6 +1,5 @@
 """Releases kept on S3: the keys below a prefix (`stores`), read and written with conditions and checksums."""
 
-import base64
 import contextlib
 import time
 from collections.abc import Callable, Iterable
@@ -8,11 +7,12 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from ..errors import UsageError
-from . import transfer_progress
+from . import s3_transfers
 from .copies import NUM_WORKERS
 from .folder_store import BLOCK_BYTES, Stored, digest
 from .release_manifest import PROBE_KEY
-from .s3 import RemoteFile, fetch, open_client, parse_address, read_object, s3_errors, shown
+from .s3 import RemoteFile, open_client, parse_address, read_object, s3_errors, shown
+from .transfer_progress import ByteCount
 
 # What says that a condition does not hold, that another request was writing, that what to compare with is gone.
 _LOST = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409", "NoSuchKey", "404"}
@@ -30,6 +30,7 @@ class S3Store:
         self.listed_at = 0.0
         with s3_errors(url):
             self.client = open_client(num_workers)
+            s3_transfers.watch_bodies(self.client)
 
     def list_keys(self, prefix: str = "") -> list[Stored]:
         """Everything whose key begins with `prefix`."""
@@ -106,36 +107,25 @@ class S3Store:
             "publishers could undo each other's work; use one that does, such as AWS, or a folder."
         )
 
-    def put(self, path: Path, key: str, *, size: int, sha256: str, count: Callable[[int], None], threads: int) -> None:
+    def put(self, path: Path, key: str, *, size: int, sha256: str, count: ByteCount, threads: int) -> None:
         """Upload a file's content; the server checks SHA-256, of the whole or of each part."""
-        from boto3.s3.transfer import TransferConfig, create_transfer_manager
-        from s3transfer.subscribers import BaseSubscriber
+        with s3_errors(self.url, writing=True):
+            s3_transfers.send(
+                self.client,
+                self.bucket,
+                self.folder + key,
+                path,
+                size=size,
+                sha256=sha256,
+                threads=threads,
+                count=count,
+            )
 
-        class Subscriber(BaseSubscriber):
-            def on_progress(self, future, bytes_transferred, **kwargs):
-                count(bytes_transferred)
-
-        large = transfer_progress.is_large(size)
-        # Of an upload in parts S3 keeps the hash of the parts' hashes, which only it can know beforehand.
-        checked = (
-            {"ChecksumAlgorithm": "SHA256"}
-            if large
-            else {"ChecksumSHA256": base64.b64encode(bytes.fromhex(sha256)).decode()}
-        )
-        config = TransferConfig(
-            multipart_threshold=transfer_progress.LARGE_BYTES,
-            max_concurrency=threads,
-            use_threads=threads > 1,
-            preferred_transfer_client="classic",
-        )
-        with s3_errors(self.url, writing=True), create_transfer_manager(self.client, config) as manager:
-            manager.upload(str(path), self.bucket, self.folder + key, checked, [Subscriber()]).result()
-
-    def fetch(self, stored: Stored, path: Path, *, count: Callable[[int], None], threads: int) -> None:
+    def fetch(self, stored: Stored, path: Path, *, count: ByteCount, threads: int) -> None:
         """Download to `path`, no more than `stored.size` bytes; what S3 knows of the content is checked."""
         remote = RemoteFile(self.folder + stored.key, stored.size, stored.etag)
         with s3_errors(self.url):
-            fetch(self.client, self.bucket, remote, path, threads=threads, count=count)
+            s3_transfers.fetch(self.client, self.bucket, remote, path, threads=threads, count=count)
 
     def hash(self, key: str, *, size: int, count: Callable[[int], None]) -> str | None:
         """The SHA-256 of what lies under a key, as it is read now; None where there is nothing or another size."""

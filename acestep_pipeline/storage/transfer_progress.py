@@ -32,6 +32,11 @@ class ByteCount:
         self._update, self._rate = update, max_bytes_per_s
         self._lock, self._free_at = threading.Lock(), 0.0
 
+    def skip(self, size: int) -> None:
+        """Count bytes that need not go over the line."""
+        with self._lock:
+            self._update(size)
+
     def __call__(self, size: int) -> None:
         with self._lock:
             self._update(size)
@@ -41,6 +46,9 @@ class ByteCount:
             self._free_at = max(self._free_at, now) + size / self._rate
             wait_s = self._free_at - now
         time.sleep(wait_s)
+
+
+UNCOUNTED = ByteCount(lambda size: None)
 
 
 @contextlib.contextmanager
