@@ -14,10 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from acestep_pipeline.errors import one_sentence_errors
+from acestep_pipeline.errors import RunError, one_sentence_errors
 from acestep_pipeline.paths import LORA_WEIGHTS_NAME, cache_dir
 from acestep_pipeline.training import arguments, settings
 from acestep_pipeline.training.argument_checks import check_args
+from acestep_pipeline.training.remote_checkpoints import fetch_checkpoint
 from acestep_pipeline.training.run_directory import (
     check_run_directory,
     clear_leftovers,
@@ -28,19 +29,24 @@ from acestep_pipeline.training.run_directory import (
     naming_failed_writes,
     nothing_left_to_do,
 )
+from acestep_pipeline.training.uploading import STOP_GRACE_S, Uploads, open_uploads
 
 
-def check(args: argparse.Namespace) -> tuple[dict[str, str], Path | None]:
-    """Everything that can be refused within a second, before torch is even imported.
+def check(args: argparse.Namespace) -> tuple[dict[str, str], Path | None, Uploads]:
+    """Everything that can be refused at once, before torch is even imported.
 
     Returns:
-        What was chosen, and the checkpoint to resume from.
+        What was chosen, the checkpoint to resume from, and what publishes the run.
     """
     sources = settings.choose_sources(args)
     check_args(args)
     resuming = args.resume_from_checkpoint is not None
     check_run_directory(args.output_dir, resuming=resuming, overwrite=args.overwrite_output_dir)
-    return sources, find_checkpoint(args.output_dir, args.resume_from_checkpoint) if resuming else None
+    uploads = open_uploads(args.push_to_s3, args.output_dir, may_exist=resuming or args.overwrite_output_dir)
+    if not resuming:
+        return sources, None, uploads
+    wanted = fetch_checkpoint(args.output_dir, args.resume_from_checkpoint, address=args.push_to_s3)
+    return sources, find_checkpoint(args.output_dir, wanted), uploads
 
 
 def squared_error(model, batch: dict, condition_mask, silence_latent, null_condition_emb):
@@ -72,7 +78,7 @@ def squared_error(model, batch: dict, condition_mask, silence_latent, null_condi
 def train(args: argparse.Namespace) -> None:
     """The whole run: accelerator → models and data → optimizer → resume → the loop → save."""
     command = dict(vars(args))
-    sources, checkpoint = check(args)
+    sources, checkpoint, uploads = check(args)
     if args.resume_from_checkpoint == "latest" and checkpoint and nothing_left_to_do(args.output_dir, command):
         return
 
@@ -247,6 +253,8 @@ def train(args: argparse.Namespace) -> None:
             clear_run(args.output_dir)
         for removed in clear_leftovers(args.output_dir, update=done):
             say(f"Removed {removed}: it lies beyond the update that is resumed from, and is made again.")
+        if checkpoint is None:
+            uploads.start_over()
         tracking.write_training_args(args.output_dir, arguments=vars(args), facts=facts)
         metrics_file = tracking.MetricsFile(args.output_dir, first_update=done)
     accelerator.wait_for_everyone()
@@ -342,9 +350,10 @@ def train(args: argparse.Namespace) -> None:
                 if main:
                     limit = args.checkpoints_total_limit
                     metrics_file.flush_to_disk()
-                    checkpointing.save_checkpoint(
+                    saved = checkpointing.save_checkpoint(
                         args.output_dir, update=done, settings=identity, total_limit=limit, **state
                     )
+                    uploads.add_checkpoint(saved)
             if over:
                 break
         batches.close()
@@ -368,6 +377,8 @@ def train(args: argparse.Namespace) -> None:
                 max_train_tracks=args.max_validation_samples,
                 num_items=num_updates * planner.effective_batch_size,
             )
+    elif not_sent := uploads.finish(STOP_GRACE_S):
+        say(f"warning: {not_sent}")
     accelerator.wait_for_everyone()
     # Before the process group ends: a DDP model that outlives it waits in its destructor for the group's threads,
     # which wait for the interpreter. And the report loads a model of its own.
@@ -404,6 +415,9 @@ def train(args: argparse.Namespace) -> None:
         duration_s=args.validation_duration_s,
     )
     print(report)
+    uploads.add_adapter()
+    if not_sent := uploads.finish(args.upload_timeout_s):
+        raise RunError(not_sent)
     mark_finished(args.output_dir, command)
 
 

@@ -21,7 +21,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-ACCESS_KEY, SECRET_KEY = "k", "s"
+# Long enough to be looked for in what is left and sent.
+ACCESS_KEY, SECRET_KEY = "test-key", "canary-secret-key"
 _SERVICES = ("s3", "filer", "master", "volume", "admin")
 
 

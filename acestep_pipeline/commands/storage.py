@@ -99,6 +99,11 @@ def _rate(text: str) -> float:
     return rate
 
 
+def is_address(name: str) -> bool:
+    """Whether it is a whole address (`s3://…` or a path) rather than a name."""
+    return is_remote(name) or name.startswith(("/", "./", "../", "~")) or name in (".", "..")
+
+
 def address_of(name: str, *, partly: bool = False) -> str:
     """The address that a name stands for: itself if it is one (`s3://…` or a path), else below the root.
 
@@ -108,7 +113,7 @@ def address_of(name: str, *, partly: bool = False) -> str:
     Raises:
         UsageError: it is no name, or the root is not set.
     """
-    if is_remote(name) or name.startswith(("/", "./", "../", "~")) or name in (".", ".."):
+    if is_address(name):
         return name
     parts = name.strip("/").split("/") if name.strip("/") else []
     wrong = [part for part in parts if not re.fullmatch(_PART, part) or part.lower() in _RESERVED]

@@ -23,6 +23,7 @@ from ..engines import map_in_order
 from ..errors import RunError, UsageError
 from .copies import NUM_WORKERS
 from .release_manifest import (
+    CHECKPOINTS_FOLDER,
     CONTENT_FOLDER,
     HISTORY_FOLDER,
     MANIFEST_NAME,
@@ -63,6 +64,7 @@ def publish(
     version: str | None = None,
     message: str | None = None,
     force: bool = False,
+    follows: int | None = None,
     include_checkpoints: bool = False,
     num_workers: int = NUM_WORKERS,
     show_progress: bool = True,
@@ -78,6 +80,7 @@ def publish(
         version: a tag for the release, which no other release there has.
         message: kept in the manifest.
         force: make a new release where there is one already (the old ones stay).
+        follows: the release that must be the latest, 0 for none: another one is another publisher's.
         include_checkpoints: publish what resuming a training needs, too.
         num_workers: requests at a time.
         show_progress: draw a bar of bytes.
@@ -92,6 +95,11 @@ def publish(
     names, left_out = files_to_publish(Path(directory), include_checkpoints=include_checkpoints)
     store = open_store(address, num_workers=num_workers)
     latest = read_latest(store)
+    if follows not in (None, latest[0].release if latest else 0):
+        raise RunError(
+            f"{shown(store.url)}: another publisher published {f'release {latest[0].release}' if latest else 'there'} "
+            "meanwhile; yours was not published. Choose another name, or see to it that one publishes there at a time."
+        )
     if latest is None:
         _check_free(store)
     else:
@@ -123,6 +131,25 @@ def publish(
     return Published(manifest, is_new=True, sent_bytes=sent, left_out=tuple(left_out))
 
 
+def check_target(address: str) -> Manifest | None:
+    """Refuse early what `publish` would refuse at an address, whatever it is to publish; writes nothing that is seen.
+
+    Returns:
+        The latest release there.
+
+    Raises:
+        UsageError: the place is taken by something that is no release, or S3 or the file system refuses.
+    """
+    store = open_store(address)
+    latest = read_latest(store)
+    if latest is None:
+        _check_free(store)
+    elif latest[0].content is None:
+        _check_may_follow(store, latest[0], None, force=True)
+    store.check_conditional_writes()
+    return latest and latest[0]
+
+
 def _stats(directory: Path, names: Sequence[str]) -> list[tuple[int, int]]:
     statuses = [(directory / name).stat() for name in names]
     return [(status.st_size, status.st_mtime_ns) for status in statuses]
@@ -130,7 +157,7 @@ def _stats(directory: Path, names: Sequence[str]) -> list[tuple[int, int]]:
 
 def _check_free(store: Store) -> None:
     """Nothing but what an unfinished publication left may lie at a new name."""
-    own = (f"{CONTENT_FOLDER}/", f"{HISTORY_FOLDER}/")
+    own = (f"{CONTENT_FOLDER}/", f"{HISTORY_FOLDER}/", f"{CHECKPOINTS_FOLDER}/")
     others = [file.key for file in store.list_keys() if not file.key.startswith(own) and file.key != PROBE_KEY]
     if others:
         raise UsageError(

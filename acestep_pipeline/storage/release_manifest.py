@@ -23,6 +23,8 @@ MANIFEST_NAME = "manifest.json"
 # Where a release's files lie, each under its SHA-256, and where the manifests of earlier releases do.
 CONTENT_FOLDER = "content"
 HISTORY_FOLDER = "releases"
+# Below the name of a run's adapter, a name of its own: the releases are the run's checkpoints (`training.uploading`).
+CHECKPOINTS_FOLDER = "checkpoints"
 # Written by the first publisher of a prefix on S3, to learn whether the server refuses to write it a second time.
 PROBE_KEY = ".conditional-writes"
 # Of a million files with names of 200 bytes.
@@ -196,7 +198,9 @@ def check_version(version: str) -> None:
 # --- which files of a folder are published ---------------------------------------------------------------------------
 
 # What only a training that goes on needs, by name: ours (safetensors) and accelerate's.
-_STATE_FILES = re.compile(r"optimizer.*|trainer_state\.json|random_states_\d+\.pkl|scheduler\.bin|scaler\.pt")
+_STATE_FILES = re.compile(
+    r"optimizer.*|trainer_state\.json|finished\.json|random_states_\d+\.pkl|scheduler\.bin|scaler\.pt"
+)
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 

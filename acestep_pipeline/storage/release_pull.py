@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..data.text.text_files import one_line
@@ -32,6 +32,7 @@ def pull_release(
     *,
     version: str | None = None,
     force: bool = False,
+    choose: Callable[[str], bool] | None = None,
     num_workers: int = NUM_WORKERS,
     show_progress: bool = True,
     max_bytes_per_s: float | None = None,
@@ -48,6 +49,7 @@ def pull_release(
         version: a version's tag or a release's number; None for the latest.
         force: replace a folder that holds another release, or a changed one. One with files that are no release's
             is not replaced.
+        choose: which of the release's files; all without it.
         num_workers: requests at a time.
         show_progress: draw a bar of bytes.
         max_bytes_per_s: limit of the rate, of all requests together.
@@ -63,6 +65,8 @@ def pull_release(
 
     store = open_store(address, num_workers=num_workers)
     manifest = find_release(store, version)
+    if choose is not None:
+        manifest = dataclasses.replace(manifest, files=tuple(file for file in manifest.files if choose(file.file)))
     directory = Path(directory).expanduser().absolute()
     with file_errors(directory):
         if _is_complete(directory, manifest):

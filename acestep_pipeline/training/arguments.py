@@ -124,13 +124,15 @@ def _add_validation_arguments(g) -> None:
 
 
 def _add_output_arguments(g) -> None:
-    g.add_argument("--output_dir", help="where the adapter goes; unset: output/<exp_name>")
+    g.add_argument("--output_dir", help="where the adapter goes; unset: output/<exp_name>; s3://bucket/…: a folder in the cache, published there as with --push_to_s3")
     g.add_argument("--exp_name", help="unset: <preset>-<data folder>")
     g.add_argument("--overwrite_output_dir", action=argparse.BooleanOptionalAction, default=False, help="start over in a directory that holds a run")
     g.add_argument("--checkpointing_steps", "--every_n_train_steps", type=int, help="a checkpoint every N updates, and always one at the end; unset: 500, or none with --checkpointing_epochs")
     g.add_argument("--checkpointing_epochs", type=int, help="a checkpoint every N epochs")
     g.add_argument("--checkpoints_total_limit", type=int, default=3, help="keep only the newest N checkpoints")
-    g.add_argument("--resume_from_checkpoint", help="latest (the newest one that is whole), or a checkpoint folder")
+    g.add_argument("--resume_from_checkpoint", help="latest (the newest one that is whole, here or where the run is published), a checkpoint folder, s3://…/latest or s3://…/checkpoint-<update>")
+    g.add_argument("--push_to_s3", help="publish the checkpoints while training goes on, and the adapter at the end: my-adapter stands for lora/my-adapter below $ACESTEP_S3_ROOT; or s3://bucket/… [s3]")
+    g.add_argument("--upload_timeout_s", type=float, default=3600.0, help="wait at most this long at the end for what is still being sent")
     g.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio, or none; metrics.jsonl is always written")
     g.add_argument("--logging_dir", default="logs", help="the tracker's folder, inside the output directory")
     g.add_argument("--num_validation_samples", type=int, default=1, help="clips generated with and without the adapter at the end; 0: none")

@@ -7,10 +7,13 @@ import argparse
 from pathlib import Path
 
 from ..adapters.settings import LoraSettings, describe_kind, parse_blocks, parse_targets
+from ..commands.storage import KINDS, address_of, is_address
 from ..data.text.normalisation import normalise_tags
 from ..data.text.variants import TextOptions
 from ..errors import UsageError
-from ..paths import default_data, default_model
+from ..paths import cache_dir, default_data, default_model
+from ..storage.copies import is_remote
+from ..storage.s3 import parse_address, shown
 from .objective import timestep_shares
 from .optimizers import describe_optimizer
 
@@ -76,6 +79,14 @@ def choose_sources(args: argparse.Namespace) -> dict[str, str]:
         args.train_data_dir, data_from = default_data(args.train_data_dir)
         data = args.train_data_dir
     output_from = "--output_dir" if args.output_dir else "from --exp_name" if args.exp_name else "from preset and data"
+    if args.push_to_s3 is not None:
+        if is_remote(args.output_dir or ""):
+            raise UsageError("--output_dir s3://… and --push_to_s3 both say where to publish; give one of them.")
+        args.push_to_s3 = published_address(args.push_to_s3)
+    elif is_remote(args.output_dir or ""):
+        bucket, folder = parse_address(args.output_dir)
+        args.push_to_s3, output_from = args.output_dir.rstrip("/"), "the local copy of what --output_dir names"
+        args.output_dir = cache_dir() / "runs" / bucket / folder
     if args.exp_name is None:
         args.exp_name = "-".join(filter(None, (args.preset, Path(data).resolve().name)))
     args.output_dir = Path(args.output_dir).expanduser() if args.output_dir else Path("output") / args.exp_name
@@ -84,8 +95,22 @@ def choose_sources(args: argparse.Namespace) -> dict[str, str]:
         "Model": f"{args.pretrained_model_name_or_path}  ({model_from})",
         "Data": f"{data}  ({data_from})",
         "Output": f"{args.output_dir}  ({output_from})",
+        **({"Published": shown(args.push_to_s3)} if args.push_to_s3 else {}),
         "Optimizer": describe_optimizer(args.optimizer, learning_rate=args.learning_rate),
     }
+
+
+def published_address(name: str) -> str:
+    """The address that --push_to_s3 names: an adapter's name means one below `lora/`.
+
+    Raises:
+        UsageError: it is neither a name nor an address.
+    """
+    kind = name.partition("/")[0]
+    address = address_of(name if kind in KINDS or is_address(name) else f"lora/{name}")
+    if is_remote(address):
+        parse_address(address)
+    return address.rstrip("/")
 
 
 def fill_model_defaults(args: argparse.Namespace, config, *, is_turbo: bool) -> None:
