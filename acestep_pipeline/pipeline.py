@@ -57,6 +57,15 @@ DECODE_OVERLAP_FRAMES = 12
 SOURCE_SEED = 0
 
 
+def tile_audio_coding(vae: torch.nn.Module) -> None:
+    """Have an `AutoencoderOobleck` encode and decode in tiles of the sizes above."""
+    vae.tile_sample_min_length = ENCODE_TILE_FRAMES * vae.hop_length
+    vae.tile_sample_overlap = ENCODE_OVERLAP_FRAMES * vae.hop_length
+    vae.tile_latent_min_length = DECODE_TILE_FRAMES
+    vae.tile_latent_overlap = DECODE_OVERLAP_FRAMES
+    vae.enable_tiling()
+
+
 def prepend_timbre_special_token(condition_encoder: torch.nn.Module) -> None:
     """Make the timbre encoder put its learned `special_token` before the projected timbre frames, as XL needs.
 
@@ -104,12 +113,7 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
             audio_token_detokenizer=audio_token_detokenizer,
         )
         if vae is not None:
-            hop = vae.hop_length
-            vae.tile_sample_min_length = ENCODE_TILE_FRAMES * hop
-            vae.tile_sample_overlap = ENCODE_OVERLAP_FRAMES * hop
-            vae.tile_latent_min_length = DECODE_TILE_FRAMES
-            vae.tile_latent_overlap = DECODE_OVERLAP_FRAMES
-            vae.enable_tiling()
+            tile_audio_coding(vae)
         if condition_encoder is not None and transformer is not None:
             # Only XL has a condition encoder narrower than its DiT.
             if condition_encoder.config.hidden_size < transformer.config.hidden_size:

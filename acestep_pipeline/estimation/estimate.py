@@ -16,7 +16,6 @@ from ..data.held_out import load_train_and_held_out
 from ..data.latent_cache import CachedTrack, crop_frames, plan_windows
 from ..data.tracks import Track
 from ..errors import UsageError
-from ..pipeline import ENCODE_TILE_FRAMES
 from ..training.batch_size import choose_batch_size
 from ..training.memory import samples_one_by_one
 from ..training.optimizers import OPTIMIZERS
@@ -42,6 +41,7 @@ from .memory_use import (
     predict_update,
 )
 from .model_shapes import ModelShape, num_parameters
+from .other_phases import encoder_parameters, encoding_bytes, samples_bytes
 
 FRAMES_PER_SECOND = 25
 # A driver and a desktop keep some of a GPU's nominal memory to themselves.
@@ -49,8 +49,6 @@ USABLE_MEMORY = 0.95
 # The prompt's template, and characters that Qwen3's tokenizer puts in one token of English text.
 TEMPLATE_TOKENS = 70
 CHARACTERS_PER_TOKEN = 4
-# Peak of the VAE's encoder on one tile over the bytes of its widest activation, measured on a CPU.
-VAE_TILE_TENSORS = 5.1
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ def estimate(
     return Estimate(
         update=update,
         encoding=encoding_bytes(shape, weights, precision),
-        samples=args.num_validation_samples and samples_bytes(weights, total, precision, one_by_one=one_by_one),
+        samples=args.num_validation_samples and samples_bytes(shape, weights, total, precision, one_by_one=one_by_one),
         num_parameters=total,
         adapter_parameters=adapter.num_parameters,
         batch=batch,
@@ -259,28 +257,6 @@ def validation_seconds(
     ]
     once = sum(one.forward_seconds(Batch(1, crop, tokens)) for crop in crops if crop) * args.num_validation_draws
     return once * (1 + -(-num_updates // steps))
-
-
-def encoding_bytes(shape: ModelShape, weights: dict[str, int], precision: Precision) -> int:
-    """Bytes while the cache is filled: encoders (the VAE in float32, in tiles), and no DiT."""
-    hop = math.prod(shape.vae["downsampling_ratios"])
-    tile = shape.vae["encoder_hidden_size"] * ENCODE_TILE_FRAMES * hop * 4
-    encoders = (weights["text_encoder"] + weights["condition_encoder"]) * precision.weight + weights["vae"] * 4
-    return math.ceil(encoders + VAE_TILE_TENSORS * tile + CUDA_CONTEXT_BYTES)
-
-
-def samples_bytes(weights: dict[str, int], transformer: int, precision: Precision, *, one_by_one: bool) -> int:
-    """Bytes while the samples at the end are generated, in the run's precision, unquantised: the whole pipeline, or
-    the largest of its models."""
-    models = [*weights.values(), transformer]
-    parameters = max(models) if one_by_one else sum(models)
-    return math.ceil(parameters * precision.weight + 0.5 * GIB + CUDA_CONTEXT_BYTES)
-
-
-@functools.cache
-def encoder_parameters(shape: ModelShape) -> dict[str, int]:
-    """How many parameters each frozen encoder has."""
-    return {name: num_parameters(shape.build(name)) for name in ("text_encoder", "condition_encoder", "vae")}
 
 
 @functools.cache
