@@ -10,6 +10,7 @@ This file is the training loop; what it is made of is in `acestep_pipeline/`. Th
 import argparse
 import functools
 import itertools
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from acestep_pipeline.errors import RunError, one_sentence_errors
 from acestep_pipeline.paths import LORA_WEIGHTS_NAME, cache_dir
 from acestep_pipeline.training import arguments, settings
 from acestep_pipeline.training.argument_checks import check_args
+from acestep_pipeline.training.hub_release import prepare_push, push_run
 from acestep_pipeline.training.remote_checkpoints import fetch_checkpoint
 from acestep_pipeline.training.run_directory import (
     check_run_directory,
@@ -42,11 +44,23 @@ def check(args: argparse.Namespace) -> tuple[dict[str, str], Path | None, Upload
     check_args(args)
     resuming = args.resume_from_checkpoint is not None
     check_run_directory(args.output_dir, resuming=resuming, overwrite=args.overwrite_output_dir)
+    if args.push_to_hub:
+        tag = None if resuming else args.hub_tag  # a run that is resumed may have made it
+        args.hub_model_id = prepare_push(
+            args.hub_model_id, exp_name=args.exp_name, private=args.hub_private_repo, tag=tag
+        )
     uploads = open_uploads(args.push_to_s3, args.output_dir, may_exist=resuming or args.overwrite_output_dir)
     if not resuming:
         return sources, None, uploads
     wanted = fetch_checkpoint(args.output_dir, args.resume_from_checkpoint, address=args.push_to_s3)
     return sources, find_checkpoint(args.output_dir, wanted), uploads
+
+
+def publish(args: argparse.Namespace) -> None:
+    """What the flags say is to be published of a finished run; nothing is sent twice."""
+    if args.push_to_hub and os.environ.get("RANK", "0") == "0":
+        how = {"private": args.hub_private_repo, "tag": args.hub_tag}
+        print(push_run(args.output_dir, hub_model_id=args.hub_model_id, **how))
 
 
 def squared_error(model, batch: dict, condition_mask, silence_latent, null_condition_emb):
@@ -80,12 +94,11 @@ def train(args: argparse.Namespace) -> None:
     command = dict(vars(args))
     sources, checkpoint, uploads = check(args)
     if args.resume_from_checkpoint == "latest" and checkpoint and nothing_left_to_do(args.output_dir, command):
-        return
+        return publish(args)
 
     import torch
     from accelerate.utils.memory import clear_device_cache
 
-    from acestep_pipeline.adapters.settings import describe_kind
     from acestep_pipeline.adapters.trainable import save_lora
     from acestep_pipeline.data import batching
     from acestep_pipeline.hardware import describe_device
@@ -100,6 +113,7 @@ def train(args: argparse.Namespace) -> None:
     from acestep_pipeline.training.memory import samples_one_by_one
     from acestep_pipeline.training.parallelism import choose_parallelism
     from acestep_pipeline.training.processes import check_same_everywhere
+    from acestep_pipeline.training.run_costs import cost_rows
     from acestep_pipeline.training.validation import choose_prompts
     from acestep_pipeline.training.validation_loss import LossMeter
     from acestep_pipeline.training.validator import Validator
@@ -153,7 +167,7 @@ def train(args: argparse.Namespace) -> None:
         offload=args.offload,
         seed=args.seed,
     )
-    transformer, tracks, facts = inputs.transformer, inputs.tracks, inputs.facts
+    transformer, tracks, facts, dataset = inputs.transformer, inputs.tracks, inputs.facts, inputs.dataset
     settings.fill_model_defaults(args, transformer.config, is_turbo=inputs.is_turbo)
 
     # -------------------------------------------------------------------------------------- optimizer and schedule
@@ -255,7 +269,7 @@ def train(args: argparse.Namespace) -> None:
             say(f"Removed {removed}: it lies beyond the update that is resumed from, and is made again.")
         if checkpoint is None:
             uploads.start_over()
-        tracking.write_training_args(args.output_dir, arguments=vars(args), facts=facts)
+        tracking.write_training_args(args.output_dir, arguments=vars(args), facts=facts | {"dataset": dataset})
         metrics_file = tracking.MetricsFile(args.output_dir, first_update=done)
     accelerator.wait_for_everyone()
     if args.report_to != "none":
@@ -407,8 +421,9 @@ def train(args: argparse.Namespace) -> None:
         example_prompt=tracks[0].windows[0].fields.prompt,
         num_inference_steps=args.validation_inference_steps,
         seed=args.seed,
-        kind=describe_kind(facts["lora"])[0],
-        card_rows=settings.describe_run(args, facts, num_tracks=len(tracks), training_s=training_s),
+        about=settings.describe_run(
+            args, facts, dataset=dataset, costs=cost_rows(device, num_processes=num_processes, training_s=training_s)
+        ),
         measured=measured,
         tracks=tracks,
         style_clips=args.style_distance,
@@ -419,6 +434,7 @@ def train(args: argparse.Namespace) -> None:
     if not_sent := uploads.finish(args.upload_timeout_s):
         raise RunError(not_sent)
     mark_finished(args.output_dir, command)
+    publish(args)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
     adapters_command.add_arguments(actions, _command)
 
-    command = _command(commands, "storage", "publish, fetch and check folders on S3 or a shared disk", None)
+    command = _command(commands, "storage", "publish, fetch and check folders on S3, a shared disk or the Hub", None)
     actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
     storage_command.add_arguments(actions, _command)
 

@@ -31,6 +31,7 @@ from .progress import quiet_loading
 from .prompt_fields import checked_request
 from .storage.copies import local_copy
 from .storage.hub import download, looks_like_path
+from .storage.hub_address import is_on_hub, parse_hub_address
 from .tiny_checkpoint import TINY_NAME, tiny_checkpoint_path
 
 # The repository that holds the VAE and the text encoder which every 2 B variant shares.
@@ -285,6 +286,13 @@ def resolve_checkpoint(
         return tiny_checkpoint_path()
     if name.startswith("s3://"):
         return _resolve_s3(name, variant_dir)
+    if is_on_hub(name):
+        address = parse_hub_address(name, kind="model")
+        if address.folder:
+            raise UsageError(f"{name} names a folder; write {address.repository}, and which DiT with --variant_dir.")
+        return _resolve_hub(
+            address.repo_id, variant_dir=variant_dir, revision=address.revision or revision, cache_dir=cache_dir
+        )
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _resolve_folder(folder, variant_dir)

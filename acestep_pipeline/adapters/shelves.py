@@ -10,7 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..errors import UsageError
 from ..storage.copies import is_remote, local_copy
-from ..storage.hub import download, looks_like_path
+from ..storage.hub import download, hub_copy, list_files, looks_like_path
+from ..storage.hub_address import is_on_hub, parse_hub_address
+from ..storage.release_copy import read_local_release
 from ..storage.release_manifest import MANIFEST_NAME, parse_manifest
 from ..storage.s3_listing import list_names
 from .formats.locate import choose_file
@@ -23,8 +25,9 @@ def list_adapters(root: str | os.PathLike | Sequence[str]) -> dict[str, str]:
     """The adapters under `root` by name, sorted, each with the address that `load_lora_weights` takes.
 
     Args:
-        root: a folder or `s3://bucket/prefix` whose folders (and .safetensors files) are an adapter each; a collection
-            of the Hub (its address, or `owner/title-<id>`); or a list of Hub ids, folders and files.
+        root: a folder, `s3://bucket/prefix` or `hf://user/repo` whose folders (and .safetensors files) are an adapter
+            each; a collection of the Hub (its address, or `owner/title-<id>`); or a list of Hub ids, addresses,
+            folders and files.
 
     Raises:
         UsageError: it can't be read, or holds no adapter.
@@ -32,7 +35,9 @@ def list_adapters(root: str | os.PathLike | Sequence[str]) -> dict[str, str]:
     if not isinstance(root, str | os.PathLike):
         found = _by_last_part([str(address) for address in root])
     elif is_remote(str(root)):
-        found = _in_bucket(str(root))
+        found = _among(list_names(str(root)), str(root))
+    elif is_on_hub(str(root)):
+        found = _in_repository(str(root))
     elif Path(root).expanduser().is_dir():
         found = _in_folder(Path(root).expanduser())
     elif match := _COLLECTION.fullmatch(str(root)):
@@ -47,16 +52,29 @@ def list_adapters(root: str | os.PathLike | Sequence[str]) -> dict[str, str]:
 def _in_folder(root: Path) -> dict[str, str]:
     files = {path.stem: str(path) for path in root.glob("*.safetensors")}
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    return files | {
-        folder.name: str(folder)
-        for folder in folders
-        if _holds_adapter(path.relative_to(folder).as_posix() for glob in ("*", "*/*") for path in folder.glob(glob))
-    }
+    return files | {folder.name: str(folder) for folder in folders if _holds_adapter(_names_in(folder))}
 
 
-def _in_bucket(url: str) -> dict[str, str]:
+def _names_in(folder: Path) -> list[str]:
+    """The names of a folder's files, or of those of the release that was published to it."""
+    if manifest := read_local_release(folder):
+        return [file.file for file in manifest.files]
+    return [path.relative_to(folder).as_posix() for glob in ("*", "*/*") for path in folder.glob(glob)]
+
+
+def _in_repository(url: str) -> dict[str, str]:
+    address = parse_hub_address(url)
+    names = list_files(address.repo_id, revision=address.revision, repo_type=address.repo_type)
+    if names is None:
+        raise UsageError(f"{address} can't be listed: the Hub can't be reached; give a list of its adapters.")
+    below = f"{address.folder}/" if address.folder else ""
+    return _among([name.removeprefix(below) for name in names if name.startswith(below)], url)
+
+
+def _among(names: Iterable[str], url: str) -> dict[str, str]:
+    """The adapters among the files below an address."""
     inside: dict[str, list[str]] = {}
-    for file in list_names(url):
+    for file in names:
         folder, slash, name = file.partition("/")
         inside.setdefault(folder, []).append(name if slash else "")
     root = url.rstrip("/")
@@ -101,6 +119,9 @@ def read_manifest(address: str) -> tuple[Path, dict[str, str]]:
     Raises:
         UsageError: the manifest can't be read.
     """
+    here = Path(address).expanduser()
+    if here.is_dir() and (manifest := read_local_release(here)):
+        return local_copy(address, choose=lambda names: ()), {file.file: file.sha256 for file in manifest.files}
     folder = _manifest_folder(address)
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -114,6 +135,10 @@ def _manifest_folder(address: str) -> Path:
         if address.endswith(".safetensors"):
             address = address.rpartition("/")[0]
         return local_copy(address, choose=lambda names: set(names) & {MANIFEST_NAME}, show_progress=False)
+    if is_on_hub(address):
+        if address.endswith(".safetensors"):
+            address = address.rpartition("/")[0]
+        return hub_copy(address, choose=lambda names: set(names) & {MANIFEST_NAME} or names[:1])
     path = Path(address).expanduser()
     if path.exists() or looks_like_path(address):
         return path if path.is_dir() else path.parent

@@ -1,4 +1,4 @@
-"""`acestep-lora storage`: releases on S3 or a shared disk, by name."""
+"""`acestep-lora storage`: releases on S3 or a shared disk, by name, and on the Hub."""
 
 import argparse
 import json
@@ -11,8 +11,10 @@ from pathlib import Path
 from ..data.text.text_files import one_line
 from ..errors import RunError, UsageError
 from ..storage.copies import NUM_WORKERS, is_remote
+from ..storage.hub_address import is_on_hub
 from ..storage.release_manifest import Manifest
 from ..storage.s3 import shown
+from . import hub_storage
 
 ROOT_VARIABLE = "ACESTEP_S3_ROOT"
 # The layout below the root: what a name begins with.
@@ -29,12 +31,17 @@ def add_arguments(actions: argparse._SubParsersAction, add: Callable[..., argpar
     action.add_argument("--dry-run", action="store_true", help="only say what would be set, and print the policies")
 
     action = add(actions, "ls", "list what is published, or the releases of one name", _ls)
-    action.add_argument("name", nargs="?", default="", help=f"{_NAME_HELP}; a part of it lists what is below it")
+    action.add_argument(
+        "name", nargs="?", default="", help=f"{_NAME_HELP}; a part of it lists what is below it; or hf://…"
+    )
 
     action = add(actions, "push", "publish a folder: all of it or nothing, and only what is not there yet", _push)
     action.add_argument("directory", type=Path, help="a run's output directory, a dataset, …")
-    action.add_argument("name", help=_NAME_HELP)
-    action.add_argument("--version", help="a tag for this release, e.g. v1.2")
+    where = action.add_mutually_exclusive_group(required=True)
+    where.add_argument("name", nargs="?", help=f"{_NAME_HELP}; or hf://[datasets/]user/name[@branch]")
+    where.add_argument("--to", metavar="NAME", help="the same")
+    action.add_argument("--version", "--tag", help="a tag for this release, e.g. v1.2")
+    action.add_argument("--private", action="store_true", help="on the Hub: make the repository private")
     action.add_argument("--message", help="a remark, kept with the release")
     action.add_argument("--force", action="store_true", help="add a release to a name that has one; the old ones stay")
     action.add_argument("--include_checkpoints", action="store_true", help="checkpoint-<n>/ and optimizer state, too "
@@ -42,9 +49,9 @@ def add_arguments(actions: argparse._SubParsersAction, add: Callable[..., argpar
     _add_transfer_arguments(action)
 
     action = add(actions, "pull", "fetch a release into a new folder, checked by SHA-256; goes on after a cut", _pull)
-    action.add_argument("name", help=_NAME_HELP)
+    action.add_argument("name", help=f"{_NAME_HELP}; or hf://[datasets/]user/name[@revision]")
     action.add_argument("directory", type=Path, help="a new folder")
-    action.add_argument("--version", help="a release's tag or number (default: the latest)")
+    action.add_argument("--version", help="a release's tag or number, on the Hub any revision (default: the latest)")
     action.add_argument("--force", action="store_true", help="replace a folder that an earlier pull brought")
     _add_transfer_arguments(action)
 
@@ -113,6 +120,11 @@ def address_of(name: str, *, partly: bool = False) -> str:
     Raises:
         UsageError: it is no name, or the root is not set.
     """
+    if is_on_hub(name):
+        raise UsageError(
+            f"{one_line(name)} is on the Hub, which keeps the history and checks the content itself: only push, pull "
+            "and ls go there."
+        )
     if is_address(name):
         return name
     parts = name.strip("/").split("/") if name.strip("/") else []
@@ -149,6 +161,11 @@ def _init(args: argparse.Namespace) -> int:
 def _push(args: argparse.Namespace) -> int:
     from ..storage.publishing import publish
 
+    args.name = args.to if args.name is None else args.name
+    if is_on_hub(args.name):
+        return hub_storage.push(args, args.name)
+    if args.private:
+        raise UsageError("--private is the Hub's; a bucket's policies say who may read it.")
     address = address_of(args.name)
     published = publish(
         args.directory,
@@ -176,6 +193,8 @@ def _push(args: argparse.Namespace) -> int:
 def _pull(args: argparse.Namespace) -> int:
     from ..storage.release_pull import pull_release
 
+    if is_on_hub(args.name):
+        return hub_storage.pull(args, args.name)
     address = address_of(args.name)
     manifest, fetched = pull_release(
         address,
@@ -218,6 +237,8 @@ def _ls(args: argparse.Namespace) -> int:
     from ..storage.store_care import find_published
     from ..storage.stores import open_store
 
+    if is_on_hub(args.name):
+        return hub_storage.ls(args.name)
     address = address_of(args.name, partly=True)
     found = list(find_published(address))
     if found and found[0][0] == "" and found[0][1] is not None:

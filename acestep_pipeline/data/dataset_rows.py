@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
+from .audio import AUDIO_SUFFIXES
 from .text.fields import FIELD_NAMES, canonical_name, text_fields
 
 # Columns that describe the music; a dataset without any of them is asked for the tags inside its files.
@@ -28,8 +29,23 @@ class EmbeddedAudio:
         return row.get("bytes") or b""
 
 
+def is_dataset(directory: Path) -> bool:
+    """Whether a directory is one that `disk_records` reads."""
+    saved = any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return saved or holds_parquet(directory)
+
+
+def holds_parquet(directory: Path) -> bool:
+    """Whether a directory is a dataset as most on the Hub are: Parquet files, and no audio beside them."""
+    found = [path.suffix.lower() for pattern in ("*", "*/*") for path in Path(directory).glob(pattern)]
+    return ".parquet" in found and not AUDIO_SUFFIXES.intersection(found)
+
+
 def disk_splits(directory: Path) -> tuple[str, ...]:
-    """Names of the splits of a directory that `DatasetDict.save_to_disk` wrote; none where it is something else."""
+    """Names of the splits of a directory that `DatasetDict.save_to_disk` wrote, or of one of Parquet files; none where
+    it is something else."""
+    if holds_parquet(directory):
+        return hub_splits(str(directory))
     try:
         return tuple(json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -47,13 +63,15 @@ def hub_splits(name: str) -> tuple[str, ...]:
 
 
 def disk_records(directory: Path, split: str) -> Records:
-    """The rows of a directory that `Dataset.save_to_disk` wrote, of one split where it has several.
+    """The rows of a directory that `Dataset.save_to_disk` wrote, or of Parquet files; of one split.
 
     Raises:
         UsageError: it is damaged, or has no such split.
     """
     from datasets import DatasetDict, load_from_disk
 
+    if holds_parquet(directory):
+        return hub_records(str(directory), split)
     try:
         dataset = load_from_disk(str(directory))
     except Exception as error:  # datasets raises many types for a damaged directory
@@ -72,7 +90,8 @@ def hub_records(name: str, split: str) -> Records:
     try:
         dataset = load_dataset(name, split=split)
     except Exception as error:  # datasets raises many types for a missing or unreachable dataset
-        raise UsageError(f"--dataset_name {name} can't be loaded: {_cause(error)}") from error
+        what = f"the dataset {name}" if Path(name).is_dir() else f"--dataset_name {name}"
+        raise UsageError(f"{what} can't be loaded: {_cause(error)}") from error
     return _dataset_records(dataset, name)
 
 

@@ -18,7 +18,7 @@ from ..files import sha256
 from ..progress import progress_bar
 from ..storage.copies import local_copy
 from .audio import AUDIO_SUFFIXES, AudioError, AudioInfo, probe_audio
-from .dataset_rows import EmbeddedAudio, disk_records, hub_records
+from .dataset_rows import EmbeddedAudio, disk_records, hub_records, is_dataset
 from .text.fields import fill_missing
 from .text.file_tags import read_file_tags
 from .text.folder_listing import FolderListing, dataset_json_names, describe_unmatched, list_folder
@@ -120,7 +120,7 @@ def load_tracks(
 
     Args:
         train_data_dir: a folder of audio with sidecars, or a directory written by `Dataset.save_to_disk`; of an
-            `s3://bucket/prefix` the copy in the cache folder is brought up to date and read.
+            `s3://bucket/prefix` or `hf://datasets/user/name` the copy in the cache is brought up to date and read.
         dataset_name: instead of the folder, a Hub id or anything `datasets.load_dataset` takes.
         split: which rows of a dataset; a folder of audio, and a dataset on disk without splits, have no others.
         min_duration_s: shorter tracks are skipped.
@@ -143,7 +143,7 @@ def load_tracks(
         total, read_record = hub_records(dataset_name, split)
     elif not source.is_dir():
         raise UsageError(f"{source} is not a folder; name one that holds audio.")
-    elif (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
+    elif is_dataset(source):
         total, read_record = disk_records(source, split)
     else:
         total, read_record, problems = _folder_records(source)

@@ -1,4 +1,4 @@
-"""One interface to what lies in a folder, under `s3://bucket/prefix`, or wherever `_backend` knows of.
+"""One interface to what lies in a folder, under `s3://bucket/prefix`, or on the Hub (`hf://user/repo[@revision]`).
 
     from acestep_pipeline import storage
 
@@ -35,8 +35,14 @@ def _backend(*locations: str | Path) -> ModuleType:
     """What serves these locations: a module with the functions below, imported when it is used."""
     for location in map(str, locations):
         scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location)
-        if scheme and scheme[1] != "s3":
-            raise UsageError(f"{scheme[1]}:// can't be read or written; give a folder or s3://bucket/prefix.")
+        if scheme and scheme[1] not in ("s3", "hf"):
+            raise UsageError(
+                f"{scheme[1]}:// can't be read or written; give a folder, s3://bucket/prefix or hf://user/repo."
+            )
+    if any(str(location).startswith("hf://") for location in locations):
+        from . import on_hub
+
+        return on_hub
     from . import folders
 
     return folders
@@ -65,8 +71,8 @@ def push(directory: str | Path, target: str | Path, *, version: str | None = Non
         directory: a run's output, a dataset, …; hidden files, checkpoints and optimizer state stay here.
         target: where to; it holds nothing or earlier releases.
         version: a tag for the release.
-        options: `message`, `force` (add to the releases there), `include_checkpoints`, `num_workers`,
-            `show_progress`, `max_bytes_per_s`.
+        options: `message`, `private` (on the Hub), `force` (add to the releases there), `include_checkpoints`,
+            `num_workers`, `show_progress`, `max_bytes_per_s`.
 
     Returns:
         The release, by its tag or number.

@@ -20,6 +20,7 @@ from ..data.text.text_files import one_line
 from ..errors import UsageError
 from ..files import write_text
 from ..paths import cache_dir, free_space_bytes, probe_writable
+from .hub_address import is_on_hub
 from .s3 import RemoteFile, open_client, parse_address, s3_errors, shown
 from .s3_listing import PULL_FOLDER, list_files
 from .s3_transfers import fetch, keep_unfinished
@@ -43,18 +44,31 @@ def local_copy(
     num_workers: int = NUM_WORKERS,
     show_progress: bool = True,
 ) -> Path:
-    """The folder that holds what is at a location: a path itself, or an `s3://` address pulled into the cache.
+    """The folder that holds what is at a location: a path itself, or the copy of an `s3://` or `hf://` address, or of
+    the latest release in a folder that was published to.
 
-    The copy lies in `cache_dir()/s3/<bucket>/<prefix>` and is brought up to date by each call: all of it, or what
-    `choose` takes of the files' names (relative to the address). Raises as `pull` and `choose` do.
+    The copy lies in `cache_dir()/s3/<bucket>/<prefix>`, of what is on the Hub in the Hub's cache, and is brought up to
+    date by each call: all of it, or what `choose` takes of the files' names (relative to the address). Raises as
+    `pull`, `hub.hub_copy` and `choose` do.
     """
+    if is_on_hub(location):
+        from .hub import hub_copy
+
+        return hub_copy(location, choose=choose)
     if not is_remote(location):
-        return Path(location).expanduser()
+        return _open_folder(Path(location).expanduser(), choose)
     bucket, folder = parse_address(location)
     root = cache_dir() / "s3" / bucket
     # One index for the bucket, so that copies of a folder and of a folder in it are the same files.
     _mirror(location, root, root_key="", choose=choose, num_workers=num_workers, show_progress=show_progress)
     return root / folder
+
+
+def _open_folder(folder: Path, choose: Callable[[list[str]], Iterable[str]] | None) -> Path:
+    from .release_copy import copy_release, read_local_release
+
+    manifest = read_local_release(folder)
+    return folder if manifest is None else copy_release(folder, manifest, choose=choose)
 
 
 def pull(url: str, directory: Path, *, num_workers: int = NUM_WORKERS, show_progress: bool = True) -> Path:

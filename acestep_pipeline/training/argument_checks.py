@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ..errors import UsageError
 from ..presets import load_preset
 from .batch_size import choose_batch_size
+from .hub_release import check_hub_arguments
 from .launch import check_launch
 from .memory import check_quantization_installed
 from .objective import check_objective
@@ -85,6 +86,12 @@ def check_args(args: argparse.Namespace) -> None:
     check_objective(args.timestep_distribution, args.timestep_mix, args.weighting_scheme)
     check_trackers(args.report_to)
     check_style_distance(args.style_distance, args.validation_duration_s)
+    check_hub_arguments(
+        push_to_hub=args.push_to_hub,
+        named={name: getattr(args, name) for name in ("hub_model_id", "hub_private_repo", "hub_tag")},
+        license=args.license,
+        resume_from_checkpoint=args.resume_from_checkpoint,
+    )
     check_launch(mixed_precision=args.mixed_precision, optimizer=args.optimizer)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     size = choose_batch_size(

@@ -31,14 +31,14 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def _add_model_arguments(g) -> None:
-    g.add_argument("--pretrained_model_name_or_path", help="tiny, or a folder, s3://… or Hub id (diffusers or original layout); unset: $ACESTEP_MODEL, else /model, else the published base checkpoint (with an xl_ preset XL's)")
+    g.add_argument("--pretrained_model_name_or_path", help="tiny, or a folder, s3://…, hf://… or Hub id (diffusers or original layout); unset: $ACESTEP_MODEL, else /model, else the published base checkpoint (with an xl_ preset XL's)")
     g.add_argument("--variant_dir", help="which DiT of an original-layout checkpoint, e.g. acestep-v15-base")
     g.add_argument("--revision", help="branch, tag or commit on the Hub")
     g.add_argument("--cache_dir", help="where the Hub's downloads are kept")
 
 
 def _add_data_arguments(g) -> None:
-    g.add_argument("--train_data_dir", help="folder of audio with sidecars, or a datasets directory; unset: $ACESTEP_DATA, else /data, else ./data")
+    g.add_argument("--train_data_dir", help="folder of audio with sidecars, or a datasets directory, also s3://… or hf://datasets/user/name; unset: $ACESTEP_DATA, else /data, else ./data")
     g.add_argument("--dataset_name", help="instead of a folder, a dataset on the Hub")
     g.add_argument("--max_train_samples", type=int, help="use only N tracks, drawn by --seed")
     g.add_argument("--trigger_word", metavar="WORD", help="a made-up word put into every track's tags, which calls the style up in prompts; a track's own (trigger_word or custom_tag in its sidecar) wins")
@@ -139,6 +139,11 @@ def _add_output_arguments(g) -> None:
     g.add_argument("--validation_prompt", help="their prompt, with the trigger word if it lacks it; unset: the tags, lyrics and key of the first tracks")
     g.add_argument("--validation_duration_s", type=float, default=30.0, help="their length")
     g.add_argument("--validation_inference_steps", type=int, help="their denoising steps; unset: 50, turbo 8")
+    g.add_argument("--license", metavar="ID", help="the licence that you give the adapter, as the Hub spells it (cc-by-4.0, mit, …), for the model card")
+    g.add_argument("--push_to_hub", action=argparse.BooleanOptionalAction, default=False, help="publish the adapter on the Hub at the end: one commit of weights, settings, metrics, card, samples and pictures, never of checkpoints; the token is HF_TOKEN's or `hf auth login`'s, and is tried before anything is loaded")
+    g.add_argument("--hub_model_id", metavar="USER/NAME", help="where; unset: <exp_name>, yours")
+    g.add_argument("--hub_private_repo", action=argparse.BooleanOptionalAction, default=False, help="make that repository private")
+    g.add_argument("--hub_tag", metavar="TAG", help="tag the commit, e.g. v1")
     g.add_argument("--style_distance", type=int, nargs="?", const=16, metavar="N", help="measure how far N clips (16; at least 8), generated with and without the adapter, are from the training music in sound: a Frechet distance over MFCCs; costs 2 N generations [style-distance]")
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from ..adapters.formats.write import comfyui_name, export
+from ..checkpoint_conversion import OriginalCheckpoint
 from ..data.latent_cache import CachedTrack
 from ..files import write_text
-from ..model_card import write_model_card
+from ..model_card import BaseModel, CardFacts, describe_base, held_out_results, write_model_card
 from ..paths import COMFYUI_DIR, LORA_WEIGHTS_NAME, PEFT_DIR
-from ..pipeline import ACEStepPipeline
+from ..pipeline import ACEStepPipeline, resolve_checkpoint
 from ..plots import plot_loss
 from ..prompt_fields import PromptFields
 from ..version import __version__
@@ -50,8 +51,7 @@ def write_final_report(
     example_prompt: str,
     num_inference_steps: int | None,
     seed: int,
-    kind: str,
-    card_rows: list[tuple[str, str]],
+    about: dict,
     measured: Measured,
     tracks: Sequence[CachedTrack],
     style_clips: int | None,
@@ -70,8 +70,7 @@ def write_final_report(
         example_prompt: for the card and the next command.
         num_inference_steps: denoising steps, None for the variant's default.
         seed: of the first sample; the next ones count up.
-        kind: of adapter: LoRA, DoRA or LoKr.
-        card_rows: facts for the card's table.
+        about: what `settings.describe_run` gives: facts for the card.
         measured: what the adapter does to the loss.
         tracks: what was trained on.
         style_clips: clips to generate for a style distance; None: it is not measured.
@@ -99,19 +98,28 @@ def write_final_report(
     metrics = [line for line in written if line["loss"] is not None]
     verdict = _write_effect(output_dir, metrics, measured, style, updates=written[-1]["update"])
     model = checkpoint["pretrained_model_name_or_path"]
+    held_out = measured.held_out
+    facts = CardFacts(
+        **about | {"rows": [*about["rows"], ("effect", verdict.headline)]},
+        name=name,
+        version=__version__,
+        base=_describe_base(checkpoint),
+        samples=samples,
+        effect=effect_section(measured, verdict, style, plot=NORMS_PLOT_NAME),
+        plot=PLOT_NAME,
+        prompt=example_prompt,
+        duration_s=duration_s,
+        num_inference_steps=num_inference_steps,
+        comfyui_name=comfyui_name(name),
+        results=() if held_out is None else held_out_results(
+            dataset_name=about["dataset_name"],
+            dataset_id=about["dataset_id"],
+            loss_with=held_out.loss_with,
+            loss_without=held_out.loss_without,
+        ),
+    )  # fmt: skip
     with naming_failed_writes(output_dir, CARD_NAME):
-        write_model_card(
-            output_dir / CARD_NAME,
-            name=name,
-            version=__version__,
-            base_model=model,
-            kind=kind,
-            rows=[*card_rows, ("effect", verdict.headline)],
-            samples=samples,
-            effect=effect_section(measured, verdict, style, plot=NORMS_PLOT_NAME),
-            plot=PLOT_NAME,
-            prompt=example_prompt,
-        )
+        write_model_card(output_dir / CARD_NAME, facts)
     tenth = max(1, len(metrics) // 10)
     start, end = (sum(line["loss"] for line in lines) / tenth for lines in (metrics[:tenth], metrics[-tenth:]))
     flags = f"--pretrained_model_name_or_path {shlex.quote(str(model))}"
@@ -131,6 +139,19 @@ def write_final_report(
         f"--prompt {shlex.quote(example_prompt)} --output out.wav",
     ]
     return "\n".join(lines)
+
+
+def _describe_base(checkpoint: dict) -> BaseModel:
+    found = resolve_checkpoint(
+        checkpoint["pretrained_model_name_or_path"],
+        **{name: checkpoint.get(name) for name in ("variant_dir", "revision", "cache_dir")},
+    )
+    return describe_base(
+        checkpoint["pretrained_model_name_or_path"],
+        variant_dir=checkpoint.get("variant_dir"),
+        revision=checkpoint.get("revision"),
+        is_original=isinstance(found, OriginalCheckpoint),
+    )
 
 
 def _write_effect(

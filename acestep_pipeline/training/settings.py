@@ -5,6 +5,7 @@ The functions take the namespace of `arguments.parse_args`; nothing below them i
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..adapters.settings import LoraSettings, describe_kind, parse_blocks, parse_targets
 from ..commands.storage import KINDS, address_of, is_address
@@ -198,37 +199,42 @@ def resume_settings(args: argparse.Namespace, *, held_out: list[str]) -> dict:
 
 
 def describe_run(
-    args: argparse.Namespace, facts: dict, *, num_tracks: int, training_s: float
-) -> list[tuple[str, str]]:
-    """The rows of the model card's table."""
-    model = f"`{args.pretrained_model_name_or_path}`" + (f", `{args.variant_dir}`" if args.variant_dir else "")
-    return [
-        ("base", f"{model} (SHA-256 of its DiT: `{facts['model_sha256'][:16]}…`)"),
-        ("tracks", str(num_tracks)),
-        describe_kind(facts["lora"]),
-        (
-            "targets",
-            ", ".join(facts["lora"]["target_modules"])
-            + (f" of blocks {args.lora_blocks}" if args.lora_blocks else ""),
-        ),
+    args: argparse.Namespace, facts: dict, *, dataset: dict, costs: list[tuple[str, str]]
+) -> dict[str, Any]:
+    """What the model card says of a run, as `model_card.CardFacts` has it; names of folders, and not where they lie.
+
+    Args:
+        facts: those of `setup.TrainingInputs`.
+        dataset: `summarise_tracks` of what was trained on.
+        costs: rows for its table, of what the run took.
+    """
+    from ..storage.hub_address import is_on_hub, parse_hub_address
+
+    kind = describe_kind(facts["lora"])
+    data, dataset_id = args.dataset_name or args.train_data_dir, args.dataset_name
+    if is_on_hub(data):
+        dataset_id = parse_hub_address(data).repo_id
+    elif dataset_id and Path(dataset_id).exists():
+        dataset_id = None
+    targets = ", ".join(facts["lora"]["target_modules"])
+    rows = [
+        ("base", f"SHA-256 of its DiT: `{facts['model_sha256'][:16]}…`"),
+        ("preset", args.preset or "none"),
+        kind,
+        ("targets", targets + (f" of blocks {args.lora_blocks}" if args.lora_blocks else "")),
         ("updates", f"{args.num_updates} of {args.effective_batch_size} windows"),
         ("optimizer", args.optimizer),
         ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} updates of warm-up"),
         ("precision, seed", f"{args.mixed_precision}, {args.seed}"),
         ("quantised base", args.base_quantization),
-        *_prompting_rows(facts),
-        ("time", f"{training_s:.0f} s"),
+        *costs,
     ]
-
-
-def _prompting_rows(facts: dict) -> list[tuple[str, str]]:
-    """How to call up what was trained: the trigger words and where they go in a prompt."""
-    places = {
-        "prepend": "put it first in the prompt",
-        "append": "put it last in the prompt",
-        "replace": "prompt with it",
+    return {
+        "kind": kind[0],
+        "rows": rows,
+        "trigger_words": facts.get("trigger_words", [])[:20],
+        "dataset": dataset,
+        "dataset_name": dataset_id or Path(str(data)).expanduser().resolve().name,
+        "dataset_id": dataset_id,
+        "license": args.license,
     }
-    return [
-        ("trigger word", f"`{use['trigger_word']}`: {places[use['trigger_position']]} ({use['tracks']} tracks)")
-        for use in facts.get("trigger_words", ())[:20]
-    ]

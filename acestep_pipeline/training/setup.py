@@ -17,6 +17,7 @@ from accelerate.utils import (
 from ..adapters.settings import LoraSettings, describe
 from ..adapters.trainable import add_lora
 from ..condition_mask import ConditionMask
+from ..data.dataset_summary import summarise_tracks
 from ..data.held_out import load_train_and_held_out
 from ..data.latent_cache import CachedTrack, LatentCache, fingerprint, prepare_tracks
 from ..data.text.variants import TextOptions
@@ -47,7 +48,8 @@ class TrainingInputs:
 
     `condition_mask` is told before each forward pass which condition tokens are padding; `silence_latent` is
     `[1, frames, channels]` float32, `null_condition_emb` `[1, 1, dim]`, both on the device; `held_out` are the tracks
-    that are validated on and never trained on; `facts` are hashes and settings that name the run.
+    that are validated on and never trained on; `facts` are hashes and settings that name the run, `dataset` says what
+    it is trained on (`summarise_tracks`).
     """
 
     transformer: torch.nn.Module
@@ -60,6 +62,7 @@ class TrainingInputs:
     frames_per_second: float
     is_turbo: bool
     facts: dict
+    dataset: dict
 
 
 def build_accelerator(
@@ -183,6 +186,7 @@ def prepare_inputs(
         frames_per_second=pipeline.latents_per_second,
         is_turbo=pipeline.is_turbo,
         facts=facts,
+        dataset=summarise_tracks([track for track in tracks if track.id in {entry.id for entry in cached}]),
     )
     # The VAE, the text encoder and the condition encoder have done their work.
     del pipeline

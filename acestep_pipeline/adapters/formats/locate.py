@@ -10,7 +10,9 @@ import torch
 from ...errors import UsageError
 from ...paths import COMFYUI_DIR, LORA_WEIGHTS_NAME, PEFT_CONFIG_NAME, PEFT_DIR, PEFT_WEIGHTS_NAME
 from ...storage.copies import is_remote, local_copy
-from ...storage.hub import download, list_files, looks_like_path
+from ...storage.hub import download, hub_copy, list_files, looks_like_path
+from ...storage.hub_address import is_on_hub
+from ...storage.release_copy import read_local_release
 from .read import read_adapter
 from .record import Adapter
 from .tensor_files import PICKLE_SUFFIXES, from_state_dict, open_tensors, pickle_error
@@ -41,7 +43,8 @@ def load_adapter(
     """Find an adapter, check it and read it.
 
     Args:
-        source: a file, a folder, a Hub id, an `s3://` address, or a state dict.
+        source: a file, a folder (also one that was published to), a Hub id, an `s3://` or `hf://` address, or a state
+            dict.
         layer_shapes: the transformer's (`install.layer_shapes`); None checks the file against itself alone.
         strict: whether doubts are errors, as in `read.read_adapter`.
         weight_name, subfolder: which file of a folder or repository.
@@ -72,7 +75,10 @@ def locate(
 ) -> Path:
     """The weights' file on this machine, fetched with what belongs to it and nothing else."""
     wanted = {"weight_name": weight_name, "subfolder": subfolder}
-    if is_remote(source):
+    hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    path = Path(source).expanduser()
+    on_hub = is_on_hub(source)
+    if on_hub or is_remote(source) or (path.is_dir() and read_local_release(path)):
         folder, name = source.rstrip("/"), weight_name
         if PurePosixPath(source).suffix == ".safetensors" or PurePosixPath(source).suffix in PICKLE_SUFFIXES:
             folder, _, name = source.rpartition("/")
@@ -82,8 +88,9 @@ def locate(
             chosen.append(choose_file(names, source, weight_name=name, subfolder=subfolder))
             return _with_companions(chosen[0])
 
+        if on_hub:
+            return hub_copy(folder, choose=choose, **hub) / chosen[0]
         return local_copy(folder, choose=choose, show_progress=False) / chosen[0]
-    path = Path(source).expanduser()
     if path.is_dir():
         names = [
             file.relative_to(path).as_posix()
@@ -101,7 +108,6 @@ def locate(
     if looks_like_path(source):
         raise UsageError(f"the adapter {source} does not exist.")
     names = list_files(source, revision=revision, token=token)
-    hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
     if names is None:
         below = f"{subfolder}/" if subfolder else ""
         patterns = [f"{below}{name}" for name in ([weight_name] if weight_name else _KNOWN_NAMES)]
