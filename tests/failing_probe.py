@@ -20,7 +20,7 @@ def fail_in_the_loop(*args):
     return interpolate(*args)
 
 
-def fail_while_caching(vae, audio):
+def fail_while_caching(vae, audio, decoded):
     """Something that only this process finds."""
     raise (UsageError if where == "usage" else RunError)("process 1 can't go on.")
 

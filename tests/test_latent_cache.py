@@ -402,3 +402,37 @@ def test_only_the_transformer_is_in_memory_while_training(demo_dir, tmp_path):
         handle.remove()
     assert encoding == [3]
     assert len(training) >= 2 and not any(training)  # two updates, and the measuring of the effect
+
+
+# --- Decoding ahead
+
+
+def test_the_next_tracks_are_decoded_meanwhile_and_nothing_changes(tmp_path, pipeline, monkeypatch):
+    """Five tracks, one of which is damaged and one too long to be held; the same files as one after another."""
+    generator = np.random.default_rng(0)
+    for name, seconds in (("a", 2.1), ("b", 2.5), ("c", 4.4), ("d", 2.2), ("e", 3.0)):
+        write_audio(tmp_path / f"{name}.flac", generator.normal(0, 0.1, (2, round(seconds * 48_000))))
+    tracks, _ = load_tracks(tmp_path, show_progress=False)
+    damaged = (tmp_path / "b.flac").read_bytes()
+    (tmp_path / "b.flac").write_bytes(damaged[: len(damaged) // 2])
+    decoded = []
+
+    def watched(source, **options):
+        decoded.append((source.stem, threading.current_thread() is threading.main_thread()))
+        return read_audio(source, **options)
+
+    monkeypatch.setattr("acestep_pipeline.data.latent_cache.read_audio", watched)
+    monkeypatch.setattr("acestep_pipeline.data.latent_cache.MAX_AHEAD_S", 4.0)
+    ahead, alone = (LatentCache(tmp_path / name, pipeline) for name in ("ahead", "alone"))
+    entries, problems = prepare_tracks(ahead, tracks, max_duration_s=2.0, show_progress=False)
+    assert sorted(decoded) == [("a", False), ("b", False), ("b", True), ("c", True), ("d", False), ("e", False)]
+    expected = [alone.prepare(track, 2.0) for track in tracks]
+    assert files(ahead) == files(alone)
+    assert [entry.id for entry in entries] == [entry.id for entry, _ in expected if entry] == [
+        "a.flac", "c.flac", "d.flac", "e.flac"
+    ]  # fmt: skip
+    assert problems == [problem for _, found in expected for problem in found]
+    assert [(problem.track, problem.skipped) for problem in problems] == [("b.flac", True)]
+    decoded.clear()
+    prepare_tracks(ahead, [tracks[0], *tracks[2:]], max_duration_s=2.0, show_progress=False)
+    assert not decoded, "what is cached is not decoded again"

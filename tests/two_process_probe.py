@@ -37,10 +37,10 @@ def watch_adapter(transformer, *args, **kwargs):
     return add_lora(transformer, *args, **kwargs)
 
 
-def watch_encoding(vae, audio):
+def watch_encoding(vae, audio, decoded):
     """Keep the names of the files that are encoded."""
     encoded.append(Path(audio).name)
-    return encode_latents(vae, audio)
+    return encode_latents(vae, audio, decoded)
 
 
 def watch_parallelism(*args, **kwargs):

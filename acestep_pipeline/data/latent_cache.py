@@ -4,16 +4,19 @@ Files are named by the content they came from (audio hash and VAE; text and enco
 or another rank finds them, and another model never does.
 """
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..conditioning import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, PromptFields, encode_condition
+from ..engines import map_in_order
 from ..errors import RunError, UsageError
 from ..files import write_tensors
 from ..progress import progress_bar
@@ -27,6 +30,10 @@ CACHE_VERSION = 2
 # Crops are whole multiples of this, so that the duration the model is told is exact and the DiT's patches of two
 # frames (at 25 frames a second) are never padded.
 CROP_STEP_S = 2
+# Decoding goes ahead of encoding in so many threads (one of them decodes and resamples some 350 times as fast as the
+# music plays), with `engines.LOOK_AHEAD` tracks each; longer tracks than this (115 MB) wait for their turn.
+DECODING_THREADS = 2
+MAX_AHEAD_S = 300.0
 NO_TEXT_OPTIONS = TextOptions()
 
 
@@ -142,14 +149,29 @@ class LatentCache:
         except OSError as error:
             raise UsageError(f"--latent_cache_dir {directory} can't be written ({error.strerror}).") from error
 
-    def prepare(self, track: Track, max_duration_s: float) -> tuple[CachedTrack | None, list[Problem]]:
-        """Encode what is not cached yet.
+    def decode(self, track: Track) -> np.ndarray | None:
+        """The waveform that `prepare` will need, `[2, samples]`, from any thread.
+
+        None where it needs none, and where it had better decode for itself: a long track, which would take too much
+        memory meanwhile, or one that can't be decoded, whose error belongs in its turn.
+        """
+        if track.duration_s > MAX_AHEAD_S or self._latents_path(track).is_file():
+            return None
+        try:
+            return read_audio(track.source, sample_rate=self.pipeline.vae.config.sampling_rate)
+        except (AudioError, OSError):
+            return None
+
+    def prepare(
+        self, track: Track, max_duration_s: float, decoded: np.ndarray | None = None
+    ) -> tuple[CachedTrack | None, list[Problem]]:
+        """Encode what is not cached yet; `decoded` is what `decode` gave.
 
         Returns:
             The cached track, or None if its audio can't be used, and the problems found.
         """
         try:
-            latents_file, num_frames = self._latents(track)
+            latents_file, num_frames = self._latents(track, decoded)
         except AudioError as error:
             return None, [Problem(track.id, str(error), skipped=True)]
         rate = self.pipeline.latents_per_second
@@ -223,11 +245,14 @@ class LatentCache:
             reasons.append(f"{late} lines of its lyrics are timed beyond its end at {song_s:.1f} s and are left out")
         return tuple(windows), [Problem(track.id, reason, skipped=False) for reason in reasons]
 
-    def _latents(self, track: Track) -> tuple[Path, int]:
-        path = self.latents_dir / f"{track.sha256}.safetensors"
+    def _latents_path(self, track: Track) -> Path:
+        return self.latents_dir / f"{track.sha256}.safetensors"
+
+    def _latents(self, track: Track, decoded: np.ndarray | None) -> tuple[Path, int]:
+        path = self._latents_path(track)
         header = self._header(path)
         if header is None:
-            write_cache_file(path, encode_latents(self.pipeline.vae, track.source), {})
+            write_cache_file(path, encode_latents(self.pipeline.vae, track.source, decoded), {})
             header = read_header(path)
         return path, header["shapes"]["mean"][0]
 
@@ -252,15 +277,18 @@ class LatentCache:
 
 
 @torch.no_grad()
-def encode_latents(vae, audio: Path | bytes) -> dict[str, torch.Tensor]:
+def encode_latents(vae, audio: Path | bytes, decoded: np.ndarray | None = None) -> dict[str, torch.Tensor]:
     """Decode audio and encode it: `mean` and `std` of the VAE's posterior, float32 `[frames, channels]` on the CPU.
 
-    The waveform is cut to whole latent frames (less than 40 ms are lost), and encoded in tiles.
+    The waveform (`decoded`, where that has been done) is cut to whole latent frames (less than 40 ms are lost), and
+    encoded in tiles.
 
     Raises:
         AudioError: the audio can't be decoded, or is shorter than one tile's edge allows.
     """
-    waveform = torch.from_numpy(read_audio(audio, sample_rate=vae.config.sampling_rate))
+    if decoded is None:
+        decoded = read_audio(audio, sample_rate=vae.config.sampling_rate)
+    waveform = torch.from_numpy(decoded)
     num_frames = waveform.shape[-1] // vae.hop_length
     if num_frames < 1:
         raise AudioError("it holds less than one latent frame of audio")
@@ -276,14 +304,20 @@ def encode_latents(vae, audio: Path | bytes) -> dict[str, torch.Tensor]:
 def prepare_tracks(
     cache: LatentCache, tracks: list[Track], *, max_duration_s: float, show_progress: bool = True
 ) -> tuple[list[CachedTrack], list[Problem]]:
-    """`LatentCache.prepare` over many tracks, with a progress bar in seconds of audio."""
+    """`LatentCache.prepare` over many tracks, with a progress bar in seconds of audio.
+
+    While one is encoded, threads decode the next ones.
+    """
     cached, problems = [], []
     total = sum(track.duration_s for track in tracks)
     layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
-    with progress_bar(total=total, desc="Caching latents", bar_format=layout, disable=not show_progress) as bar:
+    with (
+        progress_bar(total=total, desc="Caching latents", bar_format=layout, disable=not show_progress) as bar,
+        contextlib.closing(map_in_order(cache.decode, tracks, num_workers=DECODING_THREADS)) as ahead,
+    ):
         for track in tracks:
             bar.set_postfix_str(track.id[-40:], refresh=False)
-            entry, found = cache.prepare(track, max_duration_s)
+            entry, found = cache.prepare(track, max_duration_s, next(ahead))
             problems += found
             if entry is not None:
                 cached.append(entry)
