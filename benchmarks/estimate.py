@@ -36,6 +36,7 @@ from acestep_pipeline.estimation.gpus import Gpu, find_gpu
 from acestep_pipeline.estimation.memory_use import Batch, Precision, inspect_adapter, predict_update
 from acestep_pipeline.estimation.this_machine import measure
 from acestep_pipeline.hardware import describe_device
+from acestep_pipeline.masked_attention import use_masked_attention
 from acestep_pipeline.quantization import quantize_base
 from acestep_pipeline.training.memory import enable_gradient_checkpointing
 from acestep_pipeline.training.optimization import build_optimizer
@@ -121,7 +122,9 @@ def run_case(case: dict, device: torch.device, rates: dict[str, Gpu], updates: i
     model = random_transformer(case["model"], device=torch.device("cpu"), dtype=dtype)
     frames = case["seconds"] * 25
     batch = Batch(case["items"], frames, case["condition_tokens"])
-    precision = Precision(weight=dtype.itemsize, mask=1 if device.type == "cuda" else 4)
+    on_cpu = device.type == "cpu"
+    precision = Precision(weight=dtype.itemsize, mask=4 if on_cpu else 1, shared_keys=on_cpu)
+    use_masked_attention(model)
     quantize_base(model, case["quantization"], device=device)
     parameters = add_lora(model, LoraSettings(r=case["rank"], lora_dropout=case["dropout"]), seed=0)
     with torch.device("meta"):

@@ -23,7 +23,7 @@ from acestep_pipeline.estimation.gpus import Gpu, find_gpu
 from acestep_pipeline.estimation.memory_use import Batch, Precision
 from benchmarks.training_ways import FRAMES_PER_SECOND, PHASES, PRESET, Bench, Case, count_flops, synchronize
 
-WARM_UP, TURN, SPLIT_UPDATES = 4, 4, 4
+WARM_UP, TURN, SPLIT_UPDATES = 3, 4, 3
 
 
 def measure(case: Case, ways: tuple[str, ...], *, updates: int) -> list[dict]:
@@ -60,15 +60,12 @@ class Run:
         self.turns: list[float] = []  # seconds of an update, the mean over each turn
         self.peak_bytes = 0
 
-    def _within(self) -> contextlib.AbstractContextManager:
-        return self.bench.dense_masks() if self.way == "peers" else contextlib.nullcontext()
-
     def turn(self, updates: int, *, timed: bool = True) -> None:
         """So many updates. On a GPU their ends are marked in its own stream, and nothing waits in between."""
         device = self.bench.device
         synchronize(device)
         reset_peak(device)
-        with self._within():
+        with self.bench.attention(self.way):
             ends = [mark(device)]
             for _ in range(updates):
                 next(self.steps)
@@ -86,7 +83,7 @@ class Run:
         """Further updates, in which the device finishes each phase before the next begins."""
         clock = self.bench.clock
         clock.seconds = dict.fromkeys(PHASES, 0.0)
-        with self._within():
+        with self.bench.attention(self.way):
             clock.start()
             for _ in range(updates):
                 next(self.steps)

@@ -31,17 +31,19 @@ from benchmarks.training_measure import measure
 from benchmarks.training_ways import Case
 
 RESULTS = Path(__file__).parent / "results"
-SIDE_BY_SIDE = ("bare", "peers", "ours")
+SIDE_BY_SIDE, MASKS = ("bare", "peers", "ours"), ("ours_dense", "ours")
 # Stage -> configurations, each with the ways that take turns.
 CPU_STAGES: dict[str, list[tuple[Case, tuple[str, ...]]]] = {
     "side_by_side": [(Case("small", 30), SIDE_BY_SIDE)],
-    "lengths": [(Case("small", seconds), ("ours",)) for seconds in (30, 60, 120)],
+    "masks": [(Case("small", 60), MASKS), (Case("small", 240, windows=1), MASKS)],
+    "lengths": [(Case("small", 120), ("ours",))],
 }
 GPU_STAGES: dict[str, list[tuple[Case, tuple[str, ...]]]] = {
     "side_by_side": [(Case("2b", seconds), SIDE_BY_SIDE) for seconds in (60, 30)],
     "lengths": [(Case("2b", seconds), ("ours",)) for seconds in (30, 60, 120, 240)],
     "checkpointing": [(Case("2b", seconds, checkpointing=1.0), ("ours",)) for seconds in (60, 120, 240)],
     "conditions": [(Case("2b", 60, tokens, tokens), ("ours",)) for tokens in (30, 100, 400)],
+    "masks": [(Case("2b", seconds, checkpointing=1.0), MASKS) for seconds in (60, 240)],
     "xl": [(Case("xl", seconds), ("ours",)) for seconds in (30, 60)]
     + [(Case("xl", seconds, checkpointing=1.0), ("ours",)) for seconds in (60, 120, 240)],
 }
@@ -125,7 +127,8 @@ def describe(case: Case) -> str:
     """E.g. `2b, 60 s, 30-400 condition tokens, checkpointing`."""
     tokens = f"{case.least_tokens}-{case.most_tokens}" if case.least_tokens < case.most_tokens else case.most_tokens
     extra = ", checkpointing" if case.checkpointing else ""
-    return f"{case.size}, {case.seconds} s, {tokens} condition tokens{extra}"
+    windows = "" if case.windows == Case.windows else f"{case.windows} × "
+    return f"{case.size}, {windows}{case.seconds} s, {tokens} condition tokens{extra}"
 
 
 def describe_row(row: dict) -> str:

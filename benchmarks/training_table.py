@@ -54,36 +54,26 @@ def read_rows(path: Path) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
 
-def find(rows: list[dict], case: Case, way: str, stage: str | None = None) -> dict | None:
+def find(rows: list[dict], case: Case, way: str, stage: str) -> dict | None:
     """The row of a configuration, if it was run, and memory did not run out."""
-    return next(
-        (
-            row
-            for row in rows
-            if Case(**row["case"]) == case
-            and row["way"] == way
-            and stage in (None, row["stage"])
-            and "ms_per_update" in row
-        ),
-        None,
-    )
+    found = (row for row in rows if Case(**row["case"]) == case and (row["stage"], row["way"]) == (stage, way))
+    return next((row for row in found if "ms_per_update" in row), None)
 
 
 def speed_table(rows: dict[str, list[dict]]) -> list[str]:
-    """One line for each configuration that the suites train the trainer's own way."""
+    """One line for each configuration that this trainer's own way is run on, alone or beside others."""
     lines = [
         "| preset c | on | ms an update (quartiles) | tracks/s | tokens/s | TFLOP/s (MFU) | peak memory "
         "| 50, 100, 200 tracks |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for suite, stages in SUITES.items():
-        seen = set()
-        for stage, configurations in stages.items():
-            for case, ways in configurations:
-                if ways == ("ours",) and case not in seen:
-                    seen.add(case)
-                    cells = speed_cells(find(rows[suite], case, "ours", stage))
-                    lines.append(f"| {describe(case)} | {' | '.join(cells)} |")
+        stage_of = {case: stage for stage, configurations in stages.items() for case, _ in configurations}
+        # Alone if it is, so that the memory is its own.
+        stage_of |= {case: stage for stage, runs in stages.items() for case, ways in runs if ways == ("ours",)}
+        for case in sorted(stage_of, key=lambda c: (c.size, c.checkpointing, c.most_tokens != 400, c.seconds)):
+            cells = speed_cells(find(rows[suite], case, "ours", stage_of[case]))
+            lines.append(f"| {describe(case)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -112,18 +102,23 @@ def duration(seconds: float) -> str:
 def comparison_table(rows: dict[str, list[dict]]) -> list[str]:
     """Time of the other ways beside ours, in one run."""
     lines = [
-        "| time of an update beside this trainer's, in one run | a bare loop | as other trainers do it |",
-        "|---|---|---|",
+        "| time of an update beside this trainer's, in one run | a bare loop | as other trainers do it "
+        "| with dense masks |",
+        "|---|---|---|---|",
     ]
     for suite, stages in SUITES.items():
-        for case, _ in stages["side_by_side"]:
-            cells = []
-            for way in ("bare", "peers"):
-                row = find(rows[suite], case, way, "side_by_side")
-                ratio = row and row["vs_ours"]
-                cells.append(f"{ratio['median']:.2f} × ({ratio['q1']:.2f}–{ratio['q3']:.2f})" if ratio else "")
-            lines.append(f"| {suite.upper()}: {describe(case)} | {' | '.join(cells)} |")
+        for stage in ("side_by_side", "masks"):
+            for case, _ in stages[stage]:
+                cells = [ratio(find(rows[suite], case, way, stage)) for way in ("bare", "peers", "ours_dense")]
+                lines.append(f"| {suite.upper()}: {describe(case)} | {' | '.join(cells)} |")
     return lines
+
+
+def ratio(row: dict | None) -> str:
+    """The time of a way over that of ours, with quartiles."""
+    if row is None or "vs_ours" not in row:
+        return ""
+    return "{median:.2f} × ({q1:.2f}–{q3:.2f})".format(**row["vs_ours"])
 
 
 def targets(rows: list[dict], suite: str) -> list[str]:

@@ -3,6 +3,7 @@
 Each way is a generator that ends an optimizer update at every `yield`:
 
 - `ours`: the steps of `train_ace_step_lora.py`'s loop, with the package's functions, on a latent cache on disk;
+- `ours_dense`: the same with diffusers' own attention, and its dense masks;
 - `bare`: forward, backward, clip and AdamW on batches that lie in memory, written down without a package;
 - `peers`: as other trainers of this model do it: one window in a forward pass, four of them accumulated, conditions
   padded to ~770 tokens that are attended to, a dense additive mask in every attention, AdamW in plain loops.
@@ -30,6 +31,7 @@ from acestep_pipeline.data.draws import DrawSettings
 from acestep_pipeline.data.latent_cache import CachedTrack, Window, write_cache_file
 from acestep_pipeline.estimation.memory_use import inspect_adapter
 from acestep_pipeline.hardware import default_device
+from acestep_pipeline.masked_attention import use_masked_attention
 from acestep_pipeline.presets import load_preset
 from acestep_pipeline.prompt_fields import PromptFields
 from acestep_pipeline.training import optimization, setup
@@ -51,14 +53,15 @@ PHASES = ("data", "forward", "backward", "optimizer", "other")
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: a model, windows of one length, and how many condition tokens the tracks have, from the least
-    to the most, spread evenly in their logarithm."""
+    """What is trained: a model, on so many windows of one length an update, of tracks whose condition tokens are
+    spread evenly, in their logarithm, from the least to the most; and the share of checkpointed blocks."""
 
     size: str = "2b"
     seconds: int = 60
     least_tokens: int = 30
     most_tokens: int = 400
     checkpointing: float = 0.0
+    windows: int = PRESET["effective_batch_size"]
 
     def tokens(self) -> list[int]:
         """Condition tokens of each track."""
@@ -133,6 +136,10 @@ class Bench:
         self.parameters = add_lora(self.transformer, settings, seed=0)
         for parameter in self.parameters:  # the upper matrices start as zeros, and zeros are no input to time
             parameter.detach().normal_(std=0.02)
+        attentions = [module for layer in self.transformer.layers for module in (layer.self_attn, layer.cross_attn)]
+        self.dense_processors = {module: module.processor for module in attentions}
+        use_masked_attention(self.transformer)
+        self.our_processors = {module: module.processor for module in attentions}
         self.adapter = inspect_adapter(self.transformer, dropout=PRESET["lora_dropout"])
         if case.checkpointing:
             enable_gradient_checkpointing(self.transformer, case.checkpointing)
@@ -142,7 +149,7 @@ class Bench:
         self.silence_latent = torch.randn(1, 15000, 64, device=self.device)
         self.null_condition_emb = torch.randn(1, 1, width, device=self.device, dtype=self.dtype)
         self.tracks = write_tracks(case, width, folder, self.dtype)
-        self.effective_batch_size = PRESET["effective_batch_size"]
+        self.effective_batch_size = case.windows
         self.loader = batching.BatchLoader(
             self.tracks,
             DrawSettings(seed=42, cfg_dropout=0.15, items_per_update=self.effective_batch_size),
@@ -187,7 +194,7 @@ class Bench:
         return self._plain_loop(optimizer, itertools.cycle(self.in_memory(self.effective_batch_size)))
 
     def peers(self) -> Iterator[None]:
-        """Windows one by one, padded conditions, AdamW in plain loops; to be run within `dense_masks`."""
+        """Windows one by one, padded conditions, AdamW in plain loops."""
         updates = self.in_memory(1)
         for batch in itertools.chain.from_iterable(updates):
             states = batch["encoder_hidden_states"]
@@ -262,6 +269,16 @@ class Bench:
         self.clock.ended("other")
         return {"loss": update_loss, "grad_norm": parallel.finish_gradients(self.parameters)}
 
+    def ours_dense(self) -> Iterator[None]:
+        """`ours`, to be run within its own `attention`."""
+        return self.ours()
+
+    def attention(self, way: str) -> contextlib.AbstractContextManager:
+        """What `way` attends with, set up here; and what its updates have to be made within."""
+        for module, processor in (self.our_processors if way == "ours" else self.dense_processors).items():
+            module.set_processor(processor)
+        return self.dense_masks() if way == "peers" else contextlib.nullcontext()
+
     @contextlib.contextmanager
     def dense_masks(self) -> Iterator[None]:
         """Inside, attentions that need no mask get a dense one of zeros, `[1, 1, queries, keys]`."""
@@ -274,8 +291,7 @@ class Bench:
             return args, kwargs
 
         masks: dict[tuple, torch.Tensor] = {}
-        attentions = [module for layer in self.transformer.layers for module in (layer.self_attn, layer.cross_attn)]
-        hooks = [module.register_forward_pre_hook(add, with_kwargs=True) for module in attentions]
+        hooks = [module.register_forward_pre_hook(add, with_kwargs=True) for module in self.dense_processors]
         try:
             yield
         finally:

@@ -34,6 +34,7 @@ def test_operations_are_those_that_are_counted(checkpointing, items, frames, con
     work = pass_work(
         model.config, inspect_adapter(model, dropout=0.05), Batch(items, frames, conditions), Precision(4, 4),
         base_quantization="none", gradient_checkpointing=checkpointing, attention_backward=2.0,
+        windowed=False,
     )  # fmt: skip
     assert work.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 

@@ -70,7 +70,7 @@ def test_the_largest_passes_that_fit_are_taken_and_more_gpus_share_them(capsys, 
     monkeypatch.setattr("acestep_pipeline.estimation.estimate.crop_frames", lambda *rest: 25 * 60)
     flags = ("--data", demo_dir, "--min_duration_s", 1, "--config", "2b", "--preset", "c")
     flags += ("--effective_batch_size", 6, "--num_validation_samples", 0)
-    for gpu, others, size in (("h100", (), 6), ("rtx 4090", (), 3), ("rtx 4090", ("--num_processes", 6), 1),
+    for gpu, others, size in (("h100", (), 6), ("rtx 4080", (), 3), ("rtx 4080", ("--num_processes", 6), 1),
                               ("rtx 3070", (), 1)):  # fmt: skip
         _, out, _ = say(capsys, *flags, "--gpu", gpu, *others)
         assert f"forward passes of up to {size} x 60 s)" in out, out

@@ -9,6 +9,7 @@ from diffusers import AceStepTransformer1DModel
 from acestep_pipeline.adapters.settings import LoraSettings
 from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.estimation.memory_use import Batch, Precision, activation_bytes, inspect_adapter
+from acestep_pipeline.masked_attention import use_masked_attention
 from acestep_pipeline.training.memory import enable_gradient_checkpointing
 from acestep_pipeline.training.optimization import build_optimizer
 from acestep_pipeline.training.optimizers import OPTIMIZERS
@@ -29,6 +30,7 @@ def saved_and_predicted(shape, dtype, dropout, items, *, checkpointing=0.0, targ
     torch.manual_seed(0)
     model = AceStepTransformer1DModel(num_hidden_layers=6, **shape).to(dtype)
     settings = {"target_modules": targets} if targets else {}
+    use_masked_attention(model)
     add_lora(model, LoraSettings(r=8, lora_dropout=dropout, **settings), seed=0)
     blocks = []
     if checkpointing:

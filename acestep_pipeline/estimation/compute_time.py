@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..quantization import BYTES_PER_LAYER
 from ..training.memory import num_checkpointed_blocks
 from .gpus import Gpu
-from .memory_use import Adapter, Batch, Precision, block_bytes
+from .memory_use import Adapter, Batch, Precision, attention_kinds, block_bytes
 
 # Assumed shares of the published figures: of dense matrix throughput at these sizes in eager mode (published training
 # runs of transformers of this size report 40 to 55 %), of memory bandwidth, and of float32 throughput in convolutions.
@@ -48,15 +48,15 @@ def pass_work(
     base_quantization: str,
     gradient_checkpointing: float,
     attention_backward: float = ATTENTION_BACKWARD,
-    windowed: bool = False,
+    windowed: bool = True,
 ) -> Work:
     """One forward and backward pass of a frozen transformer with an adapter.
 
     A frozen layer costs 2 operations a weight and token forward, 2 more backward for the gradient of its input; an
     adapter's layer another 2 for its weights' gradient. Checkpointed blocks do their forward pass twice. Attention
     costs 4 · queries · keys · width forward, and backward `attention_backward` times as much (2 without what fused
-    kernels compute again). Every key counts, those behind a sliding window's mask too, which hides but saves nothing;
-    unless `windowed`.
+    kernels compute again). Keys beyond a sliding window don't count, unless they are computed behind a dense mask
+    (`windowed` False).
     """
     blocks = config.num_hidden_layers
     again = num_checkpointed_blocks(blocks, gradient_checkpointing)
@@ -126,8 +126,7 @@ def mean_window_keys(config, batch: Batch) -> float:
     """Keys that a query of self-attention sees, its own included, on the mean over queries and blocks."""
     tokens, window = batch.item_tokens(config), min(config.sliding_window, batch.item_tokens(config) - 1)
     seen = tokens * (2 * window + 1) - window * (window + 1)  # the first and the last queries have one side alone
-    kinds = config.layer_types or ["sliding_attention", "full_attention"] * config.num_hidden_layers
-    kinds = kinds[: config.num_hidden_layers]
+    kinds = attention_kinds(config)
     sliding = kinds.count("sliding_attention") / len(kinds)
     return sliding * seen / tokens + (1 - sliding) * tokens
 

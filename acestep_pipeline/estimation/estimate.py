@@ -154,7 +154,7 @@ def estimate(
     add_lora(adapter_model, lora_settings(args), seed=0)
     adapter = inspect_adapter(adapter_model, dropout=args.lora_dropout, use_dora=args.use_dora)
     half = args.mixed_precision == "fp16" or (args.mixed_precision == "bf16" and gpu.bf16_tflops is not None)
-    precision = Precision(weight=2 if half else 4, mask=1, fused_mask=False)
+    precision = Precision(weight=2 if half else 4, mask=1, shared_keys=False)
     checkpointing = args.gradient_checkpointing_ratio if args.gradient_checkpointing else 0.0
     one = Pass(transformer, adapter, precision, args.base_quantization, checkpointing, args.offload, gpu)
     tokens = max(map(condition_tokens, tracks))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from diffusers import AceStepTransformer1DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from ..masked_attention import BLOCK
 from ..quantization import BYTES_PER_LAYER, block_linears
 from ..training.memory import num_checkpointed_blocks
 from ..training.optimizers import OPTIMIZERS
@@ -29,14 +30,13 @@ class Precision:
     Attributes:
         weight: bytes of a weight or activation, 2 or 4.
         mask: bytes of an element of a dropout mask: 1 on CUDA, 4 on CPU.
-        fused_mask: whether attention under a mask with shared keys (the sliding windows) runs in one kernel. On CPU it
-            does; on CUDA, by PyTorch's documentation, only the plain algorithm takes both, which keeps all weights of
-            the attention in float32.
+        shared_keys: whether attention under a mask takes keys that heads share as they are, or copies them for each
+            head, as on CUDA (`masked_attention.py`).
     """
 
     weight: int = 2
     mask: int = 1
-    fused_mask: bool = True
+    shared_keys: bool = True
 
     @property
     def copies(self) -> int:
@@ -150,11 +150,26 @@ def _adapter_bytes(config, adapter: Adapter, batch: Batch, precision: Precision)
     return total
 
 
-def _plain_attention_bytes(config, batch: Batch) -> int:
-    """What attention without a fused kernel keeps in one block: its weights, and queries, keys and values for all
-    heads, in float32."""
-    weights = batch.items * config.num_attention_heads * batch.item_tokens(config) ** 2
-    return 4 * (weights + 3 * batch.tokens(config) * config.num_attention_heads * config.head_dim)
+def attention_kinds(config) -> list[str]:
+    """`sliding_attention` or `full_attention`, for each block; where the config doesn't say, as diffusers has it."""
+    blocks = config.num_hidden_layers
+    return list(config.layer_types or (["sliding_attention", "full_attention"] * blocks)[:blocks])
+
+
+def _window_bytes(config, batch: Batch, precision: Precision) -> int:
+    """What a sliding window keeps in a block beyond full attention: the output of each block of queries, before they
+    are joined, its mask, and copied keys and values."""
+    tokens, queries = batch.item_tokens(config), config.num_attention_heads * config.head_dim
+    if tokens <= config.sliding_window + 1:
+        return 0
+    mask = tokens * min(tokens, BLOCK + 2 * config.sliding_window) * precision.weight
+    return mask + batch.tokens(config) * (queries * precision.weight + _copied_key_bytes(config, precision))
+
+
+def _copied_key_bytes(config, precision: Precision) -> int:
+    """What a key and its value take for each head of the queries, beyond what they take themselves."""
+    heads = 0 if precision.shared_keys else config.num_attention_heads - config.num_key_value_heads
+    return 2 * heads * config.head_dim * precision.weight
 
 
 def activation_bytes(config, adapter: Adapter, batch: Batch, precision: Precision, checkpointing: float) -> int:
@@ -168,12 +183,12 @@ def activation_bytes(config, adapter: Adapter, batch: Batch, precision: Precisio
     tokens, conditions = batch.tokens(config), batch.items * batch.condition_tokens
     blocks, w = config.num_hidden_layers, precision.weight
     checkpointed = num_checkpointed_blocks(blocks, checkpointing)
-    block = block_bytes(config, adapter, batch, precision)
-    kept = checkpointed * tokens * config.hidden_size * w
-    kept += max((blocks - checkpointed) * block, block if checkpointed else 0)
-    if not precision.fused_mask:  # every second block has a sliding window
-        plain = math.ceil((blocks - checkpointed) / 2)
-        kept += max(plain, 1 if checkpointed else 0) * _plain_attention_bytes(config, batch)
+    whole = max(blocks - checkpointed, 1 if checkpointed else 0)
+    # Conditions of unequal length are masked, in every block.
+    block = block_bytes(config, adapter, batch, precision) + conditions * _copied_key_bytes(config, precision)
+    kept = checkpointed * tokens * config.hidden_size * w + whole * block
+    sliding = attention_kinds(config)[blocks - whole :].count("sliding_attention")
+    kept += sliding * _window_bytes(config, batch, precision)
     if not checkpointed:
         # The first block's input needs no gradient: its norm and its dropouts keep nothing.
         dropouts = sum(name in adapter.ranks for name in ("self_attn.to_q", "self_attn.to_k", "self_attn.to_v"))
@@ -194,8 +209,6 @@ def working_bytes(config, batch: Batch, precision: Precision, method: str) -> in
     tokens = batch.tokens(config)
     buffers = tokens * (3 * config.intermediate_size + 2 * config.hidden_size) * precision.weight
     weight = config.intermediate_size * config.hidden_size
-    if not precision.fused_mask:  # the gradients of an attention's weights, before and after the softmax
-        buffers = max(buffers, 2 * 4 * batch.items * config.num_attention_heads * batch.item_tokens(config) ** 2)
     return buffers + (0 if method == "none" else weight * (precision.weight + (8 if method != "nf4" else 0)))
 
 

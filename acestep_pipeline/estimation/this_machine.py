@@ -14,6 +14,7 @@ from diffusers import AceStepTransformer1DModel
 from ..adapters.settings import LoraSettings
 from ..adapters.trainable import add_lora
 from ..hardware import bf16_is_fast, default_device, describe_device, memory_total_bytes
+from ..masked_attention import use_masked_attention
 from ..paths import GIB
 from .compute_time import pass_seconds, pass_work
 from .gpus import Gpu
@@ -69,6 +70,7 @@ def _share_reached(bare: Gpu, device: torch.device, dtype: torch.dtype) -> float
     model = model.to_empty(device=device).to(dtype)
     for parameter in model.parameters():
         parameter.detach().normal_(std=0.02)
+    use_masked_attention(model)
     add_lora(model, LoraSettings(r=64, lora_dropout=0.05), seed=0)
     model.train()
     tensors = {

@@ -31,6 +31,7 @@ from ..data.tracks import (
 )
 from ..errors import UsageError
 from ..hardware import bf16_is_fast, default_device
+from ..masked_attention import use_masked_attention
 from ..pipeline import ACEStepPipeline
 from ..quantization import leave_base_out_of_ddp, quantize_base
 from .launch import uses_deepspeed
@@ -158,6 +159,7 @@ def prepare_inputs(
         facts["trigger_words"] = triggers
     same = {"the model": facts["model_sha256"], "the training data": facts["dataset_sha256"]}
     check_same_everywhere(same | {"the held-out tracks": dataset_fingerprint(held_out)})
+    use_masked_attention(pipeline.transformer)
     quantize_base(pipeline.transformer, base_quantization, device=device)
     # Before the cache is filled, so that a wrong target fails early.
     lora_parameters = add_lora(pipeline.transformer, lora, seed=seed)
