@@ -172,7 +172,7 @@ def test_files_are_listed_found_and_opened_wherever_they_lie(s3_folder, tmp_path
     with storage.open(tmp_path / "run" / "README.md") as file:
         assert file.read() == b"# card"
     for use in (storage.list, storage.exists, storage.open):
-        with pytest.raises(UsageError, match="gs:// can't be read or written; give a folder or s3://"):
+        with pytest.raises(UsageError, match="gs:// can't be read or written; give a folder, s3://"):
             use("gs://bucket/x")
 
 
