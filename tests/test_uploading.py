@@ -21,10 +21,11 @@ from acestep_pipeline.storage.publishing import find_release, publish, read_hist
 from acestep_pipeline.storage.release_pull import pull_release
 from acestep_pipeline.storage.s3_listing import list_names
 from acestep_pipeline.storage.stores import open_store
+from acestep_pipeline.training.destination import check_destination
 from acestep_pipeline.training.manifest import seal
 from acestep_pipeline.training.remote_checkpoints import fetch_checkpoint
 from acestep_pipeline.training.run_directory import STATE_NAME, find_checkpoint
-from acestep_pipeline.training.uploading import Uploads, check_destination, open_uploads
+from acestep_pipeline.training.uploading import Uploads, open_uploads
 from tests.s3_server import SECRET_KEY, S3Server
 from tests.test_interruption import PYTHON, TORCHRUN, wait_for
 from tests.test_storage import content
@@ -155,7 +156,7 @@ def fake_checkpoint(output: Path, update: int, text: str = "state") -> Path:
 
 @pytest.mark.parametrize("where", ["output_dir", pytest.param("push_to_s3", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_from_s3_to_the_same_bits(where, root, demo_dir, tmp_path, started, monkeypatch):
-    """On a machine that has nothing of it: no checkpoint, no latents."""
+    """On a machine that has nothing of it: no checkpoint, no latents, no music."""
     address, here = f"{root.url}/lora/jazz", tmp_path / "run"
     output, changes = (address, {}) if where == "output_dir" else (here, {"push_to_s3": "jazz"})
     monkeypatch.setenv("ACESTEP_CACHE_DIR", str(tmp_path / "machine"))
@@ -166,8 +167,9 @@ def test_a_killed_run_goes_on_from_s3_to_the_same_bits(where, root, demo_dir, tm
     shutil.rmtree(tmp_path / "machine")
     shutil.rmtree(here, ignore_errors=True)
     newest = published(address)[-1]
+    root.put({f"music/{name}": data for name, data in content(demo_dir).items()})
     ends = ENDLESS | {"max_train_steps": int(newest.removeprefix("checkpoint-")) + 2}
-    train_here(demo_dir, output, resume_from_checkpoint="latest", **ends, **changes)
+    train_here(f"{root.url}/music", output, resume_from_checkpoint="latest", **ends, **changes)
     train_here(demo_dir, tmp_path / "alone", **ends)
     pull_release(address, tmp_path / "adapter")
     assert (tmp_path / "adapter" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
@@ -317,14 +319,14 @@ def test_waiting_ends_and_nothing_of_it_stays(root, address, tmp_path, monkeypat
     with gate(root.server, lambda: None) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         uploads.add_checkpoint(fake_checkpoint(tmp_path, 1))
-        wait_for(lambda: any("uploading" in " ".join(child.cmdline()) for child in psutil.Process().children()))
+        wait_for(lambda: any("training.sending" in " ".join(child.cmdline()) for child in psutil.Process().children()))
         uploads.add_checkpoint(fake_checkpoint(tmp_path, 2))
         sentence = uploads.finish(0.5)
     assert "checkpoint-1, checkpoint-2: it was not sent within 0.5 s. The local copy is complete" in sentence
     assert sentence.endswith(f"storage push {tmp_path} {address}/checkpoints --include_checkpoints")
     monkeypatch.setenv("AWS_ENDPOINT_URL", root.server.url)
     assert not list(tmp_path.glob(".partial*")) and published(address) == []
-    wait_for(lambda: not any("uploading" in " ".join(child.cmdline()) for child in psutil.Process().children()))
+    wait_for(lambda: not any("training.sending" in " ".join(child.cmdline()) for child in psutil.Process().children()))
 
 
 def test_what_sends_ends_with_the_run(root, address, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from ..storage.release_manifest import CHECKPOINTS_FOLDER, Manifest
 from ..storage.release_pull import pull_release
 from ..storage.s3 import parse_address, shown
 from ..storage.stores import open_store
+from .destination import join_address
 from .manifest import MANIFEST_NAME, find_damage
 from .run_directory import (
     CHECKPOINT_PREFIX,
@@ -26,7 +27,6 @@ from .run_directory import (
     discard,
     list_checkpoints,
 )
-from .uploading import join_address
 
 _STATE = re.compile(rf"({CHECKPOINT_PREFIX}(\d+))/{re.escape(STATE_NAME)}")
 _CHECKPOINT = re.compile(rf"{CHECKPOINT_PREFIX}\d+")

@@ -26,13 +26,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import RunError, UsageError
-from ..paths import probe_writable
 from ..progress import progress_bar
-from ..storage.copies import file_errors, is_remote
-from ..storage.publishing import check_target, publish
 from ..storage.release_manifest import CHECKPOINTS_FOLDER
 from ..storage.s3 import shown
+from . import sending
+from .destination import check_destination, join_address
 from .run_directory import METRICS_NAME, VALIDATION_NAME, partial_name
 
 # How long a run that was told to stop, or that failed, goes on to send its last checkpoint.
@@ -40,42 +38,6 @@ STOP_GRACE_S = 60.0
 _SOURCE = Path(__file__).resolve().parents[2]
 # Of what the sending process says: more than its progress bar or a traceback.
 _MAX_SAID_BYTES = 1 << 14
-
-
-def join_address(address: str, folder: str) -> str:
-    """The address of a folder ("" for itself) below another."""
-    return f"{address.rstrip('/')}/{folder}" if folder else address
-
-
-def check_destination(address: str, *, may_exist: bool) -> dict[str, int]:
-    """Refuse, before anything is loaded, an address that the run could not publish to.
-
-    Args:
-        address: `s3://bucket/name` or a folder.
-        may_exist: whether releases may be there already, which are added to.
-
-    Returns:
-        The number of the latest release (0: none) of the adapter, under "", and of the checkpoints.
-
-    Raises:
-        UsageError: a release is there, or the place is taken otherwise, or S3 or the file system refuses.
-        RunError: the connection broke.
-    """
-    found = {}
-    for folder in ("", CHECKPOINTS_FOLDER):
-        place = join_address(address, folder)
-        if not is_remote(place):
-            with file_errors(Path(place).expanduser()):
-                probe_writable(Path(place).expanduser())
-        latest = check_target(place)
-        if latest is not None and not may_exist:
-            raise UsageError(
-                f"{shown(place)} is published already (release {latest.release}, {latest.created}); continue that run "
-                "with --resume_from_checkpoint latest, add releases to it with --overwrite_output_dir, or name "
-                "another address."
-            )
-        found[folder] = latest.release if latest else 0
-    return found
 
 
 def open_uploads(address: str | None, output_dir: Path, *, may_exist: bool) -> "Uploads":
@@ -162,7 +124,7 @@ class Uploads:
         """
         atexit.unregister(self._at_exit)
         with self._changed:
-            if self._is_busy():
+            if self.is_busy():
                 self._wait(time.monotonic() + timeout_s)
             for publication in [each for each in (self._running, *self._waiting) if each]:
                 self._failures[publication.name] = f"it was not sent within {timeout_s:g} s"
@@ -199,13 +161,14 @@ class Uploads:
                 atexit.register(self._at_exit)
             self._changed.notify_all()
 
-    def _is_busy(self) -> bool:
+    def is_busy(self) -> bool:
+        """Whether something is being sent, or waits."""
         return bool(self._waiting or self._running)
 
     def _wait(self, deadline: float) -> None:
         """Draw what the sending process says of its progress until there is nothing left to send."""
         with progress_bar(total=None, bar_format="{desc}", leave=False) as bar:
-            while self._is_busy() and time.monotonic() < deadline:
+            while self.is_busy() and time.monotonic() < deadline:
                 names = [each.name for each in (self._running, *self._waiting) if each]
                 left = max(0.0, deadline - time.monotonic())
                 said = self._said.decode(errors="replace").replace("\r", "\n").strip().rpartition("\n")[2]
@@ -279,12 +242,12 @@ class Uploads:
         }
         path = os.pathsep.join(filter(None, (str(_SOURCE), os.environ.get("PYTHONPATH"))))
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(job)],
+            [sys.executable, "-m", sending.__name__, json.dumps(job)],
             stdin=subprocess.PIPE,  # its end tells that this process is gone
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path},
-            start_new_session=True,  # a signal to the run's group is for the run to heed
+            process_group=0,  # a signal to the run's group is for the run to heed
         )
         with process:
             with self._changed:
@@ -317,30 +280,3 @@ def _stage(checkpoint: Path, output_dir: Path, staged: Path) -> None:
     for name in (METRICS_NAME, VALIDATION_NAME):
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(output_dir / name, staged / name)
-
-
-# --- the process that sends ------------------------------------------------------------------------------------------
-
-
-def _main(job: dict) -> None:
-    """Publish, and say on stdout as JSON which release it is or what went wrong; end when the parent does."""
-
-    def end_with_parent() -> None:
-        sys.stdin.buffer.read()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    with contextlib.suppress(OSError):
-        os.nice(10)
-    directory, address = Path(job.pop("directory")), job.pop("address")
-    try:
-        published = publish(directory, address, force=True, **job)
-        outcome = {"release": published.manifest.release}
-    except (UsageError, RunError) as error:
-        outcome = {"error": str(error)}
-    print(json.dumps(outcome), flush=True)
-    os._exit(0)  # not after threads that a server keeps waiting
-
-
-if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
