@@ -11,12 +11,13 @@ MODEL ?= tiny
 DATA ?=
 OUTPUT ?= output/make-train
 STAGES ?=
+SKYPILOT ?= .venv-skypilot
 # Enough for the tiny checkpoint to move audibly; with a real one, use --preset c.
 TRAIN_FLAGS ?= --max_train_steps 200 --learning_rate 1e-3
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $$(nproc)
 
-.PHONY: help setup train test test-slow test-gpu bench bench-gpu style quality clean \
+.PHONY: help setup train test test-slow test-gpu serverless-test bench bench-gpu style quality clean \
 	image-variables image-locks image-test
 
 help:
@@ -53,10 +54,20 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not vendors"
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# RunPod's, AWS's and Modal's own packages (260 MB); SkyPilot (530 MB), whose pins are its own, beside them.
+$(VENV)/.serverless: requirements-serverless.txt $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check --quiet --requirement requirements-serverless.txt
+	@test -x $(SKYPILOT)/bin/python || $(PYTHON) -m venv $(SKYPILOT)
+	$(SKYPILOT)/bin/pip install --disable-pip-version-check --quiet 'skypilot[lambda,runpod]==0.14.1'
+	@touch $@
+
+serverless-test: $(VENV)/.serverless
+	SKYPILOT_PYTHON=$(abspath $(SKYPILOT)/bin/python) $(BIN)/python -m pytest -m vendors
 
 # Each leaves its results in benchmarks/results and README.md. A run that was cut goes on where it was.
 bench bench-gpu: setup
@@ -70,7 +81,7 @@ style: setup
 quality: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck docker/*.sh examples/*.sh
+	$(BIN)/shellcheck docker/*.sh examples/*.sh serverless/*.sh
 	$(BIN)/hadolint docker/Dockerfile.*
 
 # The image's files that are made of others, and the image itself, built and run without an engine (Debian, root).
@@ -84,4 +95,4 @@ image-test: setup
 	$(BIN)/python -m pytest docker/image_test.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(SKYPILOT) build *.egg-info

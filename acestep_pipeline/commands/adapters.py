@@ -75,7 +75,7 @@ def convert(args: argparse.Namespace) -> int:
     base = None
     if args.to != "merged":
         base = _base(args) if args.pretrained_model_name_or_path else None
-    with _sentences(args.source):
+    with sentences(args.source):
         adapter = _read(args.source, base, strict=args.strict)
         if args.to == "merged":
             return _merge_into_base(args, adapter)
@@ -123,7 +123,7 @@ def info(args: argparse.Namespace) -> int:
     if args.picture is not None and args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--picture {args.picture}: the ending must be .png, .svg or .pdf.")
     base = _base(args) if args.pretrained_model_name_or_path else None
-    with _sentences(args.source):
+    with sentences(args.source):
         adapter = _read(args.source, base, strict=False)
         norms = layer_norms(adapter, base)
     print(describe_adapter(adapter, norms, sha256=sha256(adapter.path) if adapter.path else None))
@@ -147,11 +147,11 @@ def merge(args: argparse.Namespace) -> int:
         raise UsageError(f"--output {args.output} exists and is not empty; name another.")
     adapters, sources = [], []
     for source, weight in pairs:
-        with _sentences(source):
+        with sentences(source):
             adapter = _read(source, None, strict=args.strict)
         adapters.append(adapter)
         sources.append({"source": source, "weight": weight, "sha256": sha256(adapter.path)})
-    with _sentences(", ".join(source for source, _ in pairs)):
+    with sentences(", ".join(source for source, _ in pairs)):
         combined = combine(adapters, [weight for _, weight in pairs])
     write.write_diffusers(combined, args.output)
     write.export(args.output, name=args.name or args.output.resolve().name)
@@ -187,7 +187,7 @@ def _base(args: argparse.Namespace) -> "BaseWeights":
 
 
 @contextlib.contextmanager
-def _sentences(source: str) -> Iterator[None]:
+def sentences(source: str) -> Iterator[None]:
     """What can't be used becomes one sentence that names the source, and what is doubtful a line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

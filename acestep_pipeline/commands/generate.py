@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
             pipeline, fields, sampling, task, seeds, batch_size, record, output, compare=args.compare
         ):
             with _uninterrupted():
-                said = _write(path, waveform, made_with, sample_rate=pipeline.sample_rate, target_lufs=target_lufs)
+                said = write_clip(path, waveform, made_with, sample_rate=pipeline.sample_rate, target_lufs=target_lufs)
                 tqdm.write(f"Wrote {path}{said}")  # above the progress bar
                 finished += 1
     except OSError as error:
@@ -269,7 +269,7 @@ def _clips(pipeline, fields, sampling, task, seeds, batch_size, record, output, 
                     yield path, waveform, record | {"seed": seed} | ({} if adapted else {"adapters": []})
 
 
-def _write(path: Path, waveform, record: dict, *, sample_rate: int, target_lufs: float | None) -> str:
+def write_clip(path: Path, waveform, record: dict, *, sample_rate: int, target_lufs: float | None) -> str:
     """Level a clip and write it, its tags, and the record beside it; returns what is to be said of its loudness."""
     from ..data.audio import write_audio
     from ..data.loudness import normalise_loudness
