@@ -168,7 +168,7 @@ def predict_on_cpu(config: dict, lora: LoraSettings, batch: Batch, *, checkpoint
     add_lora(adapted, lora, seed=0)
     adapter = inspect_adapter(adapted, dropout=lora.lora_dropout)
     parts = predict_update(
-        bfloat16_transformer(config), adapter, batch, Precision(weight=2, mask=4, fused_mask=True),
+        bfloat16_transformer(config), adapter, batch, Precision(weight=2, mask=4, shared_keys=True),
         base_quantization="none", gradient_checkpointing=checkpointing, optimizer="adamw",
     )  # fmt: skip
     return sum(parts.values()), adapter
