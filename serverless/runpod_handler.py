@@ -5,14 +5,17 @@ Try it without RunPod: `--test_input '{"input": {"task": "generate", "prompt": "
 Jobs are those of `acestep_pipeline/jobs/schema.py`. `/stream` tells how one goes; its last item is the result.
 """
 
+import argparse
 import os
 import signal
 import sys
 import threading
 import traceback
 
-# At RunPod's default level, DEBUG, its worker writes every answer into the log, links and all. Read at its import.
-if os.environ.get("RUNPOD_LOG_LEVEL", "DEBUG").upper() in ("NOTSET", "TRACE", "DEBUG"):
+# At these levels RunPod's worker writes every answer into the log, links and all. Its default is DEBUG, read at its
+# import.
+TELLTALE = ("NOTSET", "TRACE", "DEBUG")
+if os.environ.get("RUNPOD_LOG_LEVEL", "DEBUG").upper() in TELLTALE:
     os.environ["RUNPOD_LOG_LEVEL"] = "INFO"
 
 import runpod  # noqa: E402
@@ -75,5 +78,9 @@ def _log(error: Exception) -> None:
 
 
 if __name__ == "__main__":
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--rp_log_level", default="")
+    if options.parse_known_args()[0].rp_log_level.upper() in TELLTALE:
+        sys.exit("error: at this --rp_log_level the log would hold the links to results; use INFO.")
     is_local_run = any(argument.startswith("--test_input") for argument in sys.argv[1:])
     runpod.serverless.start({"handler": handle_local if is_local_run else handler, "return_aggregate_stream": True})

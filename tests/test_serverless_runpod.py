@@ -108,14 +108,16 @@ def test_a_training_from_the_queue_ends_with_links(environment, s3_folder, tmp_p
 
 
 def test_test_input_does_one_job_and_writes_no_link(environment, s3_folder):
-    def run(job: dict) -> subprocess.CompletedProcess:
-        command = [sys.executable, HANDLER, "--test_input", json.dumps({"input": job})]
+    def run(job: dict, *more: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, HANDLER, "--test_input", json.dumps({"input": job}), *more]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     done = run(GENERATE | {"upload": f"{s3_folder.url}/results/x"})
     assert done.returncode == 0 and "'status': 'done'" in done.stdout and "0.wav" in done.stdout, done.stderr
     assert "X-Amz-Signature" not in done.stdout + done.stderr
     refused = run(GENERATE | {"prompt": ""})
+    telling = run(GENERATE, "--rp_log_level", "debug")
+    assert telling.returncode == 1 and "use INFO" in telling.stderr and "Started" not in telling.stdout
     assert refused.returncode == 1 and "prompt string should have at least 1 character" in refused.stdout
 
 
