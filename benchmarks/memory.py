@@ -48,6 +48,7 @@ from acestep_pipeline.estimation.gpus import Gpu
 from acestep_pipeline.estimation.memory_use import GIB, Adapter, Batch, Precision, inspect_adapter, predict_update
 from acestep_pipeline.estimation.model_shapes import SHAPES
 from acestep_pipeline.estimation.other_phases import decoding_tile_bytes, encoding_tile_bytes
+from acestep_pipeline.masked_attention import use_masked_attention
 from acestep_pipeline.pipeline import tile_audio_coding
 from acestep_pipeline.progress import quiet_loading
 from acestep_pipeline.training.arguments import parse_args
@@ -128,6 +129,7 @@ def bfloat16_transformer(config: dict) -> AceStepTransformer1DModel:
 def account_update(config: dict, lora: LoraSettings, batch: Batch, *, checkpointing: float, updates: int = 1) -> int:
     """Bytes at the peak of bf16 updates with AdamW, with everything that is there, of a transformer of `config`."""
     transformer = bfloat16_transformer(config)
+    use_masked_attention(transformer)
     add_lora(transformer, lora, seed=0)
     width = transformer.config.encoder_hidden_size or transformer.config.hidden_size
     items, frames = batch.items, batch.frames
