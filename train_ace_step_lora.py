@@ -112,6 +112,7 @@ def train(args: argparse.Namespace) -> None:
     from acestep_pipeline.training.interruption import Interruption, interrupted
     from acestep_pipeline.training.memory import samples_one_by_one
     from acestep_pipeline.training.parallelism import choose_parallelism
+    from acestep_pipeline.training.previews import Previewer
     from acestep_pipeline.training.processes import check_same_everywhere
     from acestep_pipeline.training.run_costs import cost_rows
     from acestep_pipeline.training.validation import choose_prompts
@@ -235,6 +236,21 @@ def train(args: argparse.Namespace) -> None:
         patience=args.early_stopping_patience,
         log_to_tracker=args.report_to != "none",
     )
+    listening = {
+        "checkpoint": checkpoint_source,
+        "device": device,
+        "weight_dtype": weight_dtype,
+        "one_by_one": samples_one_by_one(args.base_quantization, offload=args.offload),
+        "num_inference_steps": args.validation_inference_steps,
+        "seed": args.seed,
+    }
+    prompts = choose_prompts(
+        [track.windows[0].fields for track in tracks],
+        prompt=args.validation_prompt and text.with_trigger(args.validation_prompt),
+        num_samples=max(1, args.num_validation_samples),
+        duration_s=args.validation_duration_s,
+    )
+    previewer = Previewer(args.output_dir, steps=args.preview_steps if main else None, prompts=prompts, **listening)
     average = AdapterAverage(inputs.lora_parameters, args.ema_decay)
     nan_guard = NanGuard(stops=args.on_nan == "stop", scaler=accelerator.scaler)
 
@@ -291,6 +307,8 @@ def train(args: argparse.Namespace) -> None:
 
     if done == 0:
         validator.validate(transformer, update=0)
+        if previewer.is_due(0):
+            previewer.write(transformer, update=0)
     # Again from an update whose forward passes did not fit into memory.
     while done < num_updates and not stop and not validator.should_stop:
         plans, ahead = itertools.tee(planner.plans_from(done, num_updates))
@@ -348,6 +366,9 @@ def train(args: argparse.Namespace) -> None:
             if validator.is_due(done, num_updates):
                 with optimization.averaged_weights(optimizer), average.applied():
                     validator.validate(transformer, update=done)
+            if previewer.is_due(done):
+                with optimization.averaged_weights(optimizer), average.applied():
+                    previewer.write(transformer, update=done)
             over = stop or done == num_updates or validator.should_stop
 
             progress.set_postfix(loss=f"{update_loss:.4f}", lr=f"{line['lr']:.2e}", refresh=False)
@@ -408,19 +429,8 @@ def train(args: argparse.Namespace) -> None:
     report = write_final_report(
         args.output_dir,
         name=args.exp_name,
-        checkpoint=checkpoint_source,
-        device=device,
-        weight_dtype=weight_dtype,
-        one_by_one=samples_one_by_one(args.base_quantization, offload=args.offload),
-        prompts=choose_prompts(
-            [track.windows[0].fields for track in tracks],
-            prompt=args.validation_prompt and text.with_trigger(args.validation_prompt),
-            num_samples=args.num_validation_samples,
-            duration_s=args.validation_duration_s,
-        ),
+        prompts=prompts[: args.num_validation_samples],
         example_prompt=tracks[0].windows[0].fields.prompt,
-        num_inference_steps=args.validation_inference_steps,
-        seed=args.seed,
         about=settings.describe_run(
             args, facts, dataset=dataset, costs=cost_rows(device, num_processes=num_processes, training_s=training_s)
         ),
@@ -428,6 +438,7 @@ def train(args: argparse.Namespace) -> None:
         tracks=tracks,
         style_clips=args.style_distance,
         duration_s=args.validation_duration_s,
+        **listening,
     )
     print(report)
     uploads.add_adapter()

@@ -156,6 +156,22 @@ def test_without_a_gpu_the_cpu_has_to_be_asked_for(folders):
     assert result.stderr.endswith("or set NUM_GPUS=0 to train on the CPU.\n")
 
 
+def test_audio_needs_neither_torchcodec_nor_torchaudio(tmp_path):
+    """Reading music and writing it, which the smoke test tries first, with both out of reach."""
+    code = (
+        "import sys, pathlib; sys.modules |= dict.fromkeys(('torchcodec', 'torchaudio'))\n"
+        "from acestep_pipeline.container.smoke import SmokeTest\n"
+        "print(SmokeTest(0, pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1], 'none'), []).audio())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, tmp_path]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.stdout.startswith("6 tracks in ") and result.stdout.endswith(", wrote wav, flac, ogg\n"), (
+        result.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_modes_of_the_command_line_tool(folders, capsys):
     command = choose_command(PLAIN | {"MODE": "generate", "EPOCHS": "3"}, ["--prompt", "x"], folders=folders)
     assert command.arguments[1:] == ["-m", "acestep_pipeline.cli", "generate", "--prompt", "x"]

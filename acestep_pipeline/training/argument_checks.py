@@ -30,7 +30,7 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "max_train_steps", "max_train_samples", "learning_rate", "max_grad_norm", "lr_num_cycles", "adam_epsilon",
             "checkpointing_steps", "checkpointing_epochs", "checkpoints_total_limit", "max_validation_samples",
             "num_validation_draws", "validation_steps", "validation_epochs", "early_stopping_patience",
-            "validation_duration_s", "validation_inference_steps", "upload_timeout_s",
+            "validation_duration_s", "validation_inference_steps", "upload_timeout_s", "preview_steps",
         ),
     ),
     (

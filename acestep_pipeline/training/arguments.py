@@ -136,6 +136,7 @@ def _add_output_arguments(g) -> None:
     g.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio, or none; metrics.jsonl is always written")
     g.add_argument("--logging_dir", default="logs", help="the tracker's folder, inside the output directory")
     g.add_argument("--num_validation_samples", type=int, default=1, help="clips generated with and without the adapter at the end; 0: none")
+    g.add_argument("--preview_steps", type=int, help="such clips with the adapter while it trains, too: before the first update and every N, in samples/preview-<update>/; each time a pipeline is loaded beside the training, which stays the same to the bit")
     g.add_argument("--validation_prompt", help="their prompt, with the trigger word if it lacks it; unset: the tags, lyrics and key of the first tracks")
     g.add_argument("--validation_duration_s", type=float, default=30.0, help="their length")
     g.add_argument("--validation_inference_steps", type=int, help="their denoising steps; unset: 50, turbo 8")

@@ -35,6 +35,7 @@ NORMS_PLOT_NAME = "update_norms.png"
 # What the final report writes, and others may, too.
 REPORT_NAMES = (CARD_NAME, PLOT_NAME, EFFECT_NAME, NORMS_PLOT_NAME)
 SAMPLES_DIR = "samples"
+PREVIEW_PREFIX = "preview-"
 # The adapter at the lowest validation loss.
 BEST_DIR = "best"
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -99,6 +100,8 @@ def clear_run(output_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     _clear_half_written(output_dir)
     samples = output_dir / SAMPLES_DIR
+    for folder in samples.glob(f"{PREVIEW_PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
     for file in (*_all_files(output_dir), *samples.glob("sample-*_with*_adapter.wav")):
         file.unlink(missing_ok=True)
     for folder in (samples, *(output_dir / name for name in (BEST_DIR, PEFT_DIR, COMFYUI_DIR))):
@@ -152,7 +155,12 @@ def _clear_half_written(output_dir: Path) -> None:
     for file in _all_files(output_dir):
         for partial in file.parent.glob(f"{PARTIAL_PREFIX}{file.name}*"):
             shutil.rmtree(partial)
-    for pattern in (f"{SAMPLES_DIR}/{PARTIAL_PREFIX}sample-*", f"{COMFYUI_DIR}/{PARTIAL_PREFIX}*{COMFYUI_ENDING}-*"):
+    previews = f"{SAMPLES_DIR}/{PARTIAL_PREFIX}{PREVIEW_PREFIX}*"
+    for pattern in (
+        previews,
+        f"{SAMPLES_DIR}/{PARTIAL_PREFIX}sample-*",
+        f"{COMFYUI_DIR}/{PARTIAL_PREFIX}*{COMFYUI_ENDING}-*",
+    ):
         for partial in output_dir.glob(pattern):
             shutil.rmtree(partial)
 
