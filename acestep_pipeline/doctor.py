@@ -25,16 +25,17 @@ from pathlib import Path
 from typing import Literal
 
 from . import paths
-from .container.variables import PROJECT
+from .container.variables import OUR_NAMES
 
 DISTRIBUTION = "ace-step-lora"
-KNOWN_VARIABLES = {variable.name for variable in PROJECT}
+KNOWN_VARIABLES = OUR_NAMES
 HUB_TIMEOUT_S = 5
 # A module of each optional extra of setup.cfg.
 EXTRAS = {"av": "av", "auto-tag": "librosa", "ray": "ray", "s3": "boto3", "tensorboard": "tensorboard",
           "trackio": "trackio", "wandb": "wandb", "8bit": "bitsandbytes", "prodigy": "prodigyopt",
           "schedulefree": "schedulefree", "quantization": "torchao", "style-distance": "librosa",
-          "deepspeed": "deepspeed"}  # fmt: skip
+          "deepspeed": "deepspeed", "serverless": "pydantic", "runpod": "runpod", "modal": "modal",
+          "lambda": "awslambdaric"}  # fmt: skip
 
 
 @dataclass(frozen=True)

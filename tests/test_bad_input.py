@@ -290,6 +290,8 @@ WRONG_VALUES = {
     "validation_steps": [0],
     "validation_epochs": [0],
     "early_stopping_patience": [0],
+    "preview_steps": [0, -1],
+    "upload_timeout_s": [0, "nan"],
     "checkpointing_epochs": [0],
     "validation_inference_steps": [0],
     "style_distance": [0, 7],

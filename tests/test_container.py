@@ -22,7 +22,7 @@ VALUES = {"PRESET": "loo", "EXP_NAME": "night", "EPOCHS": "7", "MAX_TRAIN_STEPS"
           "BATCH_SIZE": "2", "GRAD_ACCUM": "3", "GRAD_CLIP": "0.25", "RANK": "8", "ALPHA": "24.0", "DROPOUT": "0.2",
           "OPTIMIZER": "prodigy", "MIXED_PRECISION": "no", "MAX_DURATION_S": "33.0", "TRIGGER_WORD": "zxq",
           "VARIANT_DIR": "acestep-v15-sft", "VALIDATION_FRACTION": "0.1", "SEED": "5", "EVERY_N_TRAIN_STEPS": "11",
-          "RESUME": "checkpoint-3", "REPORT_TO": "tensorboard"}  # fmt: skip
+          "RESUME": "checkpoint-3", "REPORT_TO": "tensorboard", "PUSH_TO_S3": "night"}  # fmt: skip
 
 
 @pytest.fixture
@@ -110,6 +110,11 @@ def test_others_variables_are_left_alone():
     flags = vars(arguments.build_parser().parse_args([]))
     variables.check_names(names, flags=flags)
     variables.check_names(variables.NAMES, flags=flags)
+    handlers = "".join(path.read_text() for path in (ROOT / "serverless").glob("*.py"))
+    handlers += "".join(path.read_text() for path in (ROOT / "acestep_pipeline" / "jobs").glob("*.py"))
+    read = set(re.findall(r"\bACESTEP_[A-Z0-9_]*[A-Z0-9]", handlers))
+    assert "ACESTEP_JOBS_DATA" in read
+    variables.check_names(read, flags=flags)
 
 
 def test_the_command_has_none_of_the_variables_it_was_made_of(folders):

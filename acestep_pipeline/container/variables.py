@@ -48,6 +48,7 @@ TRAINING = (
     Variable("EVERY_N_TRAIN_STEPS", "a checkpoint every N updates", "checkpointing_steps"),
     Variable("RESUME", "latest, a checkpoint's folder, or no (latest)", "resume_from_checkpoint"),
     Variable("REPORT_TO", "tracker", "report_to"),
+    Variable("PUSH_TO_S3", "publish there: a name below ACESTEP_S3_ROOT, or s3://…", "push_to_s3"),
 )
 CONTAINER = (
     Variable("MODE", "train, smoke, generate, dataset or shell (train)"),
@@ -60,6 +61,15 @@ PROJECT = (
     Variable("ACESTEP_CACHE_DIR", "latents and downloads of the project (the cache volume)"),
     Variable("ACESTEP_S3_ROOT", "root of the S3 layout, e.g. s3://bucket"),
     Variable("ACESTEP_DEBUG", "1: tracebacks"),
+)
+# Read by the handlers in serverless/ alone (docs/serverless.md): known, but nothing that the host script passes on.
+SERVERLESS = (
+    Variable("ACESTEP_JOBS_DATA", "folder that jobs may name for music"),
+    Variable("ACESTEP_JOBS_MODEL", "folder that jobs may name for models"),
+    Variable("ACESTEP_JOBS_OUTPUT", "folder that jobs write to"),
+    Variable("ACESTEP_ADAPTERS", "library of adapters"),
+    Variable("ACESTEP_MODAL_TRAIN_GPU", "Modal's GPU for training"),
+    Variable("ACESTEP_MODAL_GENERATE_GPU", "Modal's GPU for generating"),
 )
 # Read by libraries, and passed on by the host script as they are.
 LIBRARIES = (
@@ -78,6 +88,7 @@ LIBRARIES = (
 )
 TABLE = (*TRAINING, *CONTAINER, *PROJECT, *LIBRARIES)
 NAMES = tuple(variable.name for variable in TABLE)
+OUR_NAMES = frozenset(variable.name for variable in (*PROJECT, *SERVERLESS))
 # Others' variables that look like one of ours.
 WELL_KNOWN = frozenset({"SPEED", "MODEL", "NUM_CPUS"})
 # Made by the host script: the names (not the values) of all variables there, so that a misspelt one is noticed.
@@ -96,7 +107,7 @@ def check_names(names: Collection[str], *, flags: Collection[str] = ()) -> None:
     """
     by_flag = {variable.flag.upper(): variable.name for variable in TRAINING if variable.flag}
     arguments = {flag.upper() for flag in flags if "_" in flag} - {"CACHE_DIR", "LOGGING_DIR"}
-    for name in sorted(set(names) - set(NAMES) - WELL_KNOWN - {HOST_NAMES}):
+    for name in sorted(set(names) - set(NAMES) - OUR_NAMES - WELL_KNOWN - {HOST_NAMES}):
         if name in by_flag:
             raise UsageError(f"{name} is not read; the variable's name is {by_flag[name]}.")
         if name in arguments:
