@@ -221,7 +221,7 @@ def test_what_sync_refuses_is_one_sentence(s3_folder, tmp_path, capfd, monkeypat
         (tmp_path / "none", s3_folder.url, "none holds no files"),
         (a, a / "b", "lie one within the other"),
         (s3_folder.url, f"{s3_folder.url}/b", "lie one within the other"),
-        (a, "hf://user/repo/x", "hf://"),
+        (a, "hf://user/repo/x", "push and pull what is on the Hub"),
         (f"{s3_folder.url}/nothing", tmp_path / "b", "holds no files"),
     ):
         status, _, err = command(capfd, "sync", source, target, "--delete")
