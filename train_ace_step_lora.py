@@ -442,10 +442,14 @@ def train(args: argparse.Namespace) -> None:
     )
     print(report)
     uploads.add_adapter()
-    if not_sent := uploads.finish(args.upload_timeout_s):
-        raise RunError(not_sent)
-    mark_finished(args.output_dir, command)
+    not_sent = uploads.finish(args.upload_timeout_s)
+    if not_sent:
+        say(f"warning: {not_sent}")
+    else:
+        mark_finished(args.output_dir, command)
     publish(args)
+    if not_sent:
+        raise RunError(not_sent)
 
 
 if __name__ == "__main__":

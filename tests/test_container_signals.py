@@ -63,8 +63,8 @@ def test_sigterm_gives_143_and_the_same_command_goes_on(demo_dir, tmp_path, log_
 
     process = start(tmp_path, demo_dir, **settings)  # the same command
     wait_for_updates(process, output, number=done + 1)
-    process.kill()
-    process.wait()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 143
     assert f"Resuming from {output / f'checkpoint-{done}'}: {done} of 5000 updates are done." in (
         tmp_path / "log").read_text()  # fmt: skip
 

@@ -199,8 +199,8 @@ def test_the_cache_holds_every_wording_once_and_cards_say_how_to_prompt(music, t
     said = capsys.readouterr().out
     assert "--prompt 'zxqmood, techno, dark, acid'" in said.splitlines()[-1]
     card = (output / "README.md").read_text()
-    assert "| trigger word | `zxqmood`: put it first in the prompt (2 tracks) |" in card
-    assert "| trigger word | `ownword`: put it last in the prompt (1 tracks) |" in card
+    assert "Begin the prompt with `zxqmood`\n(2 of the training tracks were told so)." in card
+    assert "End the prompt with `ownword`\n(1 of the training tracks were told so)." in card
     assert "| zxqmood, rain |" in card
     saved = json.loads((output / "training_args.json").read_text())
     assert {name: saved["arguments"][name] for name in ON} == ON
