@@ -10,7 +10,6 @@ This file is the training loop; what it is made of is in `acestep_pipeline/`. Th
 import argparse
 import functools
 import itertools
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from acestep_pipeline.paths import LORA_WEIGHTS_NAME, cache_dir
 from acestep_pipeline.training import arguments, settings
 from acestep_pipeline.training.argument_checks import check_args
 from acestep_pipeline.training.hub_release import prepare_push, push_run
+from acestep_pipeline.training.launch import is_first_process
 from acestep_pipeline.training.remote_checkpoints import fetch_checkpoint
 from acestep_pipeline.training.run_directory import (
     check_run_directory,
@@ -58,7 +58,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, str], Path | None, Upload
 
 def publish(args: argparse.Namespace) -> None:
     """What the flags say is to be published of a finished run; nothing is sent twice."""
-    if args.push_to_hub and os.environ.get("RANK", "0") == "0":
+    if args.push_to_hub and is_first_process():
         how = {"private": args.hub_private_repo, "tag": args.hub_tag}
         print(push_run(args.output_dir, hub_model_id=args.hub_model_id, **how))
 

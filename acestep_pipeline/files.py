@@ -136,3 +136,13 @@ def sort_metadata(path: Path) -> None:
             raise AssertionError(f"{path}: the header grew from {length} to {len(text)} bytes")
         file.seek(8)
         file.write(text.ljust(length))
+
+
+def remove_with_folders(path: Path, *, depth: int) -> None:
+    """Remove a file, if it is there, and of the `depth` folders around it those that are empty then."""
+    path.unlink(missing_ok=True)
+    for parent in list(path.parents)[:depth]:
+        try:
+            parent.rmdir()
+        except OSError:
+            break  # something else is in it, or it went with another file

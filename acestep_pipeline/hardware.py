@@ -11,6 +11,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -56,15 +57,19 @@ def measure_bf16_ratio(device: torch.device) -> float:
 
 
 def _median_matmul_s(left: torch.Tensor, right: torch.Tensor) -> float:
-    torch.mm(left, right)  # warm-up
+    return median_s(lambda: torch.mm(left, right), left.device)
+
+
+def median_s(work: Callable[[], object], device: torch.device, *, rounds: int = 7) -> float:
+    """Seconds until `work` and what it started on the device are done: the median after one round to warm up."""
     timings = []
-    for _ in range(7):
-        _synchronize(left.device)
+    for _ in range(rounds + 1):
+        _synchronize(device)
         started = time.perf_counter()
-        torch.mm(left, right)
-        _synchronize(left.device)
+        work()
+        _synchronize(device)
         timings.append(time.perf_counter() - started)
-    return statistics.median(timings)
+    return statistics.median(timings[1:])
 
 
 def _synchronize(device: torch.device) -> None:

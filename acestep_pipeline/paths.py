@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .data.text.text_files import one_line
 from .errors import UsageError
 
 HUB_CHECKPOINT = "ACE-Step/acestep-v15-base"
@@ -77,6 +78,20 @@ def free_space_bytes(directory: Path) -> int:
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free
+
+
+def check_room(directory: Path, size_bytes: int) -> None:
+    """Refuse to bring more into a folder than its file system has room for.
+
+    Raises:
+        UsageError: it has less.
+    """
+    free = free_space_bytes(directory)
+    if size_bytes > free:
+        raise UsageError(
+            f"{one_line(str(directory))} has {free / 1e9:.1f} GB free and {size_bytes / 1e9:.1f} GB are to come; make "
+            "room."
+        )
 
 
 def probe_writable(directory: Path) -> None:

@@ -3,6 +3,7 @@
 import torch
 from diffusers import AceStepTransformer1DModel
 
+from acestep_pipeline.estimation import model_shapes
 from acestep_pipeline.estimation.model_shapes import SHAPES
 
 # A third of the blocks, a quarter of the width; "xl" is to "2b" as "mid-xl" is to "mid".
@@ -23,16 +24,8 @@ def transformer_shape(size: str) -> dict:
 
 
 def random_transformer(size: str, *, device: torch.device, dtype: torch.dtype) -> AceStepTransformer1DModel:
-    """A DiT whose every weight is drawn, from the global generator of `device`: N(0, 0.02²), norms N(1, 0.02²)."""
-    with torch.device("meta"):
-        transformer = AceStepTransformer1DModel(**transformer_shape(size))
-    torch.nn.Module.to(
-        transformer, dtype
-    )  # diffusers' own warns of modules to keep in float32, of which there are none
-    transformer = transformer.to_empty(device=device)
-    for name, parameter in transformer.named_parameters():
-        parameter.detach().normal_(mean=1.0 if "norm" in name else 0.0, std=0.02)
-    return transformer
+    """`model_shapes.random_transformer` of a size of `SIZES`."""
+    return model_shapes.random_transformer(transformer_shape(size), device=device, dtype=dtype)
 
 
 def condition_width(transformer: torch.nn.Module) -> int:

@@ -15,10 +15,12 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import yaml
+
+from tests.loopback import serving
 
 # Who a token makes its user, and what it may do there.
 TOKENS = {
@@ -412,13 +414,8 @@ def _name(kind: str, name: str) -> str:
 def serve_hub(repositories: dict[str, dict[str, Path]], directory: Path | None = None) -> Iterator[Hub]:
     """Serve folders as repositories, `{"owner/name": {"main": folder, "another-branch": folder}}`, on a free port of
     this machine until the block ends; what is pushed is kept in `directory`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.hub = hub = Hub(directory, url=f"http://127.0.0.1:{server.server_address[1]}")
-    for name, revisions in repositories.items():
-        hub.add(name, revisions)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(_Handler) as server:
+        server.hub = hub = Hub(directory, url=f"http://127.0.0.1:{server.server_port}")
+        for name, revisions in repositories.items():
+            hub.add(name, revisions)
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -4,10 +4,11 @@ container is called through."""
 import contextlib
 import json
 import queue
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.loopback import serving
 
 PREFIX = "/2018-06-01/runtime"
 
@@ -73,12 +74,6 @@ def running_runtime() -> Iterator[Runtime]:
         def log_message(self, *_) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    runtime.address = f"127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(Handler) as server:
+        runtime.address = f"127.0.0.1:{server.server_port}"
         yield runtime
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -8,8 +8,10 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
+
+from tests.loopback import serving
 
 POD = "pod-1"
 KEY = "runpod-secret-key"
@@ -110,12 +112,6 @@ def running_queue() -> Iterator[Queue]:
         def log_message(self, *_) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    jobs.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(Handler) as server:
+        jobs.url = f"http://127.0.0.1:{server.server_port}"
         yield jobs
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from acestep_pipeline import doctor, hardware, paths
+from tests.loopback import serving
 
 COMMAND = (
     "import argparse, sys; from acestep_pipeline import doctor; parser = argparse.ArgumentParser(); "
@@ -62,11 +62,8 @@ def hub():
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", requests
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as server:
+        yield f"http://127.0.0.1:{server.server_port}", requests
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from acestep_pipeline import paths
 from acestep_pipeline.adapters.shelves import list_adapters, read_manifest
 from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.paths import LORA_WEIGHTS_NAME
-from acestep_pipeline.storage import release_pull, s3_store
+from acestep_pipeline.storage import s3_store
 from acestep_pipeline.storage.copies import local_copy
 from acestep_pipeline.storage.publishing import commit, find_release, publish, read_history, read_latest, rollback
 from acestep_pipeline.storage.release_manifest import MANIFEST_NAME, new_release, parse_manifest
@@ -400,7 +401,7 @@ def test_large_files_travel_in_parts(s3_folder, tmp_path, monkeypatch):
 
 def test_no_room_is_known_before_the_first_byte(place, tmp_path, monkeypatch):
     push(write(tmp_path / "run", FILES), place.address)
-    monkeypatch.setattr(release_pull, "free_space_bytes", lambda directory: 1000)
+    monkeypatch.setattr(paths, "free_space_bytes", lambda directory: 1000)
     with pytest.raises(UsageError, match="has 0.0 GB free and 0.0 GB are to come; make room"):
         pull(place.address, tmp_path / "copy")
 
@@ -415,7 +416,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_sentence_and_the_pull_goes_on(pla
         pytest.skip("this user may not mount a tmpfs")
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(release_pull, "free_space_bytes", lambda directory: 1 << 40)
+            patch.setattr(paths, "free_space_bytes", lambda directory: 1 << 40)
             with pytest.raises(UsageError, match=r"disk.* can't be written \(No space left on device\); make room"):
                 pull(place.address, disk / "copy", num_workers=1)
         assert not (disk / "copy").exists()

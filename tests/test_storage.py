@@ -191,7 +191,7 @@ def test_an_object_that_changes_after_it_was_listed_is_not_taken(s3_folder, tmp_
 
 def test_a_full_disk_is_known_before_the_first_byte(s3_folder, tmp_path, monkeypatch):
     s3_folder.put({"x": bytes(2000)})
-    monkeypatch.setattr(storage, "free_space_bytes", lambda directory: 1000)
+    monkeypatch.setattr("acestep_pipeline.paths.free_space_bytes", lambda directory: 1000)
     with pytest.raises(UsageError, match="has 0.0 GB free and 0.0 GB are to come; make room"):
         pull(s3_folder.url, tmp_path)
 

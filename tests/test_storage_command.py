@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from acestep_pipeline.cli import main
-from acestep_pipeline.commands.storage import address_of
 from acestep_pipeline.errors import UsageError
+from acestep_pipeline.storage.names import address_of
 from acestep_pipeline.storage.release_manifest import MANIFEST_NAME, check_names, files_to_publish, parse_manifest
 from acestep_pipeline.storage.stores import open_store
 from tests.test_publishing import write

@@ -227,7 +227,7 @@ def test_what_sync_refuses_is_one_sentence(s3_folder, tmp_path, capfd, monkeypat
         status, _, err = command(capfd, "sync", source, target, "--delete")
         assert status == 2 and said in err and err.count("\n") == 0
     assert content(a) == {"x": b"1"} and not (tmp_path / "b").exists()
-    monkeypatch.setattr("acestep_pipeline.storage.folder_sync.free_space_bytes", lambda directory: 0)
+    monkeypatch.setattr("acestep_pipeline.paths.free_space_bytes", lambda directory: 0)
     status, _, err = command(capfd, "sync", a, tmp_path / "b")
     assert status == 2 and "make room" in err
     for rate in ("fast", "0MB/s", "1kB/s", "10"):

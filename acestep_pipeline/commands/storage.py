@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import shlex
 from collections.abc import Callable
@@ -12,15 +11,11 @@ from ..data.text.text_files import one_line
 from ..errors import RunError, UsageError
 from ..storage.copies import NUM_WORKERS, is_remote
 from ..storage.hub_address import is_on_hub
+from ..storage.names import ROOT_VARIABLE, address_of
 from ..storage.release_manifest import Manifest
 from ..storage.s3 import shown
 from . import hub_storage
 
-ROOT_VARIABLE = "ACESTEP_S3_ROOT"
-# The layout below the root: what a name begins with.
-KINDS = ("models", "lora", "datasets", "trajectories", "results")
-_PART = r"[^\W_][\w.+-]{0,99}"
-_RESERVED = {"content", "releases", "manifest.json"}
 _NAME_HELP = f"e.g. lora/my-adapter, below ${ROOT_VARIABLE}; or s3://bucket/…, or a folder's path (/…, ./…)"
 
 
@@ -104,44 +99,6 @@ def _rate(text: str) -> float:
     if rate < 1e4:
         raise argparse.ArgumentTypeError(f"{text!r} is no rate; give at least 10kB/s, e.g. 500kB/s or 10MB/s")
     return rate
-
-
-def is_address(name: str) -> bool:
-    """Whether it is a whole address (`s3://…` or a path) rather than a name."""
-    return is_remote(name) or name.startswith(("/", "./", "../", "~")) or name in (".", "..")
-
-
-def address_of(name: str, *, partly: bool = False) -> str:
-    """The address that a name stands for: itself if it is one (`s3://…` or a path), else below the root.
-
-    Args:
-        partly: whether a part of a name, or none, will do.
-
-    Raises:
-        UsageError: it is no name, or the root is not set.
-    """
-    if is_on_hub(name):
-        raise UsageError(
-            f"{one_line(name)} is on the Hub, which keeps the history and checks the content itself: only push, pull "
-            "and ls go there."
-        )
-    if is_address(name):
-        return name
-    parts = name.strip("/").split("/") if name.strip("/") else []
-    wrong = [part for part in parts if not re.fullmatch(_PART, part) or part.lower() in _RESERVED]
-    if wrong or (parts and parts[0] not in KINDS) or (len(parts) < 2 and not partly):
-        kinds = ", ".join(f"{kind}/" for kind in KINDS)
-        raise UsageError(
-            f"{one_line(name)!r} is no name to publish under: write {kinds} and then letters, digits and . _ + -, "
-            "e.g. lora/my-adapter; or a whole address (s3://bucket/…, /a/folder, ./folder)."
-        )
-    root = os.environ.get(ROOT_VARIABLE)
-    if not root:
-        raise UsageError(
-            f"{ROOT_VARIABLE} is not set: set it to s3://your-bucket (or a shared folder), or give a whole address "
-            "instead of a name."
-        )
-    return "/".join([root.rstrip("/"), *parts])
 
 
 def _init(args: argparse.Namespace) -> int:

@@ -109,3 +109,15 @@ def _read(path: Path) -> dict:
 def num_parameters(module: torch.nn.Module) -> int:
     """How many parameters `module` has."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def random_transformer(shape: dict, *, device: torch.device, dtype: torch.dtype) -> AceStepTransformer1DModel:
+    """A DiT whose every weight is drawn, from the global generator of `device`: N(0, 0.02²), norms N(1, 0.02²)."""
+    with torch.device("meta"):
+        transformer = AceStepTransformer1DModel(**shape)
+    # diffusers' own `to` warns of modules to keep in float32, of which there are none.
+    torch.nn.Module.to(transformer, dtype)
+    transformer = transformer.to_empty(device=device)
+    for name, parameter in transformer.named_parameters():
+        parameter.detach().normal_(mean=1.0 if "norm" in name else 0.0, std=0.02)
+    return transformer

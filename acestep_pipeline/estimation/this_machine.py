@@ -4,22 +4,18 @@ A device that is in no table (`gpus.py`), or shared with others, or throttled, i
 """
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from diffusers import AceStepTransformer1DModel
 
 from ..adapters.settings import LoraSettings
 from ..adapters.trainable import add_lora
-from ..hardware import bf16_is_fast, default_device, describe_device, memory_total_bytes
+from ..hardware import bf16_is_fast, default_device, describe_device, median_s, memory_total_bytes
 from ..masked_attention import use_masked_attention
 from ..paths import GIB
 from .compute_time import pass_seconds, pass_work
 from .gpus import Gpu
 from .memory_use import Batch, Precision, inspect_adapter
-from .model_shapes import SHAPES
+from .model_shapes import SHAPES, random_transformer
 
 # A product as a block of the 2 B model does it on a minute of music, and the blocks that are timed.
 _TOKENS, _WIDTH = 750, 2048
@@ -27,7 +23,6 @@ _BATCH = Batch(items=1, frames=2 * _TOKENS, condition_tokens=150)
 _NUM_BLOCKS = 2
 # More than processors keep in their caches.
 _COPIED_BYTES = 256 << 20
-_ROUNDS = 7
 
 
 def measure(device: torch.device | None = None, *, mixed_precision: str = "bf16") -> Gpu:
@@ -65,11 +60,7 @@ def measure(device: torch.device | None = None, *, mixed_precision: str = "bf16"
 def _share_reached(bare: Gpu, device: torch.device, dtype: torch.dtype) -> float:
     """What two blocks are predicted to take, forward and backward, over what they take."""
     shape = SHAPES["2b"].transformer | {"num_hidden_layers": _NUM_BLOCKS}
-    with torch.device("meta"):
-        model = AceStepTransformer1DModel(**shape)
-    model = model.to_empty(device=device).to(dtype)
-    for parameter in model.parameters():
-        parameter.detach().normal_(std=0.02)
+    model = random_transformer(shape, device=device, dtype=dtype)
     use_masked_attention(model)
     add_lora(model, LoraSettings(r=64, lora_dropout=0.05), seed=0)
     model.train()
@@ -90,39 +81,25 @@ def _share_reached(bare: Gpu, device: torch.device, dtype: torch.dtype) -> float
     precision = Precision(weight=dtype.itemsize, mask=1 if device.type == "cuda" else 4)
     adapter = inspect_adapter(model, dropout=0.05)
     work = pass_work(model.config, adapter, _BATCH, precision, base_quantization="none", gradient_checkpointing=0.0)
-    return pass_seconds(work, bare, precision) / _median_s(once, device, rounds=3)
+    return pass_seconds(work, bare, precision) / median_s(once, device, rounds=3)
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second."""
     rows = torch.randn(_TOKENS, _WIDTH, device=device, dtype=dtype)
     weight = torch.randn(_WIDTH, _WIDTH, device=device, dtype=dtype)
-    return 2 * _TOKENS * _WIDTH * _WIDTH / _median_s(lambda: torch.mm(rows, weight), device)
+    return 2 * _TOKENS * _WIDTH * _WIDTH / median_s(lambda: torch.mm(rows, weight), device)
 
 
 def _copy_rate(device: torch.device) -> float:
     """Bytes read and written a second."""
     source = torch.ones(_COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * _COPIED_BYTES / _median_s(lambda: target.copy_(source), device)
+    return 2 * _COPIED_BYTES / median_s(lambda: target.copy_(source), device)
 
 
 def _host_rate(device: torch.device) -> float:
     """Bytes a second from the host's pinned memory to the device."""
     source = torch.ones(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
-    return _COPIED_BYTES / _median_s(lambda: target.copy_(source, non_blocking=True), device)
-
-
-def _median_s(work: Callable[[], object], device: torch.device, rounds: int = _ROUNDS) -> float:
-    def wait() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
-    times = []
-    for _ in range(rounds + 1):  # the first one warms up
-        started = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return _COPIED_BYTES / median_s(lambda: target.copy_(source, non_blocking=True), device)

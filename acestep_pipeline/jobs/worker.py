@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 from ..errors import RunError, UsageError
-from ..paths import default_model
 from .places import Places
 from .results import check_can_publish, inline_results, publish_results
 from .schema import JOBS, ConversionJob, DescriptionJob, GenerationJob, TrainingJob, ValidationJob, parse_job
@@ -116,7 +115,7 @@ class Worker:
 
         with self._lock:
             if self._generator is None:
-                self._generator = Generator(adapters=self.places.adapters, model=default_model()[0])
+                self._generator = Generator(adapters=self.places.adapters)
             return self._generator
 
     def release(self) -> None:

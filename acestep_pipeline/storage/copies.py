@@ -18,8 +18,8 @@ from typing import Any
 
 from ..data.text.text_files import one_line
 from ..errors import UsageError
-from ..files import write_text
-from ..paths import cache_dir, free_space_bytes, probe_writable
+from ..files import remove_with_folders, write_text
+from ..paths import cache_dir, check_room, probe_writable
 from .hub_address import is_on_hub
 from .s3 import RemoteFile, open_client, parse_address, s3_errors, shown
 from .s3_listing import PULL_FOLDER, list_files
@@ -126,7 +126,7 @@ def _mirror(
         todo = {name: file for name, file in wanted.items() if not index.holds(name, file)}
         if not todo:
             return
-        _check_room(root, todo, index)
+        _check_can_take(root, todo, index)
         index.files.update(dict.fromkeys(todo))
         index.write()
         with s3_errors(url):
@@ -211,26 +211,17 @@ class _Index:
         """Remove files whose objects are gone, and folders that are empty then."""
         names = list(names)
         for name in names:
-            path = self.path(name)
-            path.unlink(missing_ok=True)
-            for parent in list(path.parents)[: len(PurePath(name).parts) - 1]:
-                try:
-                    parent.rmdir()
-                except OSError:
-                    break  # something else is in it, or it went with another file
+            remove_with_folders(self.path(name), depth=len(PurePath(name).parts) - 1)
             del self.files[name]
         if names:
             self.write()
 
 
-def _check_room(root: Path, todo: dict[str, RemoteFile], index: _Index) -> None:
+def _check_can_take(root: Path, todo: dict[str, RemoteFile], index: _Index) -> None:
     for name in todo:
         if name not in index.files and os.path.lexists(index.path(name)):
             raise UsageError(f"{one_line(str(root / name))} is in the way and not from a pull; name another folder.")
-    size = sum(file.size for file in todo.values())
-    free = free_space_bytes(root)
-    if size > free:
-        raise UsageError(f"{root} has {free / 1e9:.1f} GB free and {size / 1e9:.1f} GB are to come; make room.")
+    check_room(root, sum(file.size for file in todo.values()))
 
 
 # --- transfer --------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 from ..data.text.text_files import one_line
 from ..engines import map_in_order
 from ..errors import RunError, UsageError
-from ..files import sha256
-from ..paths import free_space_bytes, probe_writable
+from ..files import remove_with_folders, sha256
+from ..paths import check_room, probe_writable
 from .copies import NUM_WORKERS, file_errors, is_remote
 from .folder_store import FolderStore, Stored
 from .publishing import read_latest
@@ -250,8 +250,7 @@ def _receiving(goal: Side, size: int) -> Iterator[None]:
     root = goal.store.root
     with file_errors(root):
         probe_writable(root)
-        if size > (free := free_space_bytes(root)):
-            raise UsageError(f"{root} has {free / 1e9:.1f} GB free and {size / 1e9:.1f} GB are to come; make room.")
+        check_room(root, size)
         own = root / SYNC_FOLDER
         if own.is_symlink():
             raise UsageError(f"{one_line(str(own))} is a link; remove it.")
@@ -311,10 +310,4 @@ def _remove(goal: Side, names: list[str], num_workers: int) -> None:
         return
     with file_errors(goal.store.root, "removed"):
         for name in names:
-            path = goal.path(name)
-            path.unlink(missing_ok=True)
-            for parent in list(path.parents)[: len(PurePosixPath(name).parts) - 1]:
-                try:
-                    parent.rmdir()
-                except OSError:
-                    break  # something else is in it
+            remove_with_folders(goal.path(name), depth=len(PurePosixPath(name).parts) - 1)

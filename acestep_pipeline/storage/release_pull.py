@@ -10,7 +10,7 @@ from pathlib import Path
 from ..data.text.text_files import one_line
 from ..errors import RunError, UsageError
 from ..files import flush_to_disk, sha256
-from ..paths import free_space_bytes, probe_writable
+from ..paths import check_room, probe_writable
 from .copies import NUM_WORKERS, file_errors
 from .folder_store import Stored
 from .publishing import find_release
@@ -206,10 +206,7 @@ def _fetch(
     for first, *_ in same.values():
         _check_stored(store, manifest, first, stored)
     total = sum(files[0].size for files in same.values())
-    needed, free = sum(file.size for file in todo), free_space_bytes(partial)
-    if needed > free:
-        where = one_line(str(partial.parent))
-        raise UsageError(f"{where} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are to come; make room.")
+    check_room(partial.parent, sum(file.size for file in todo))
     with counting(total, "Downloading", show_progress=show_progress, max_bytes_per_s=max_bytes_per_s) as count:
 
         def place(files: list[ManifestFile], threads: int) -> None:

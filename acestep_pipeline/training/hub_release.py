@@ -1,6 +1,5 @@
 """`--push_to_hub`: what can be refused before a run begins, and the publication at its end."""
 
-import os
 import shlex
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from ..data.building.report_card import HUB_LICENSES
 from ..data.text.text_files import one_line
 from ..errors import RunError, UsageError
 from ..storage.hub_address import SCHEME, HubAddress, is_on_hub, parse_hub_address
+from .launch import is_first_process
 
 # Of huggingface.co/docs/hub/repositories-licenses, for models.
 _LICENSES = HUB_LICENSES | {"openrail", "creativeml-openrail-m", "openmdw-1.0", "other", "unknown"}
@@ -47,7 +47,7 @@ def prepare_push(hub_model_id: str | None, *, exp_name: str, private: bool, tag:
         UsageError: it won't be; or the Hub can't be reached.
         RunError: the Hub failed.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return hub_model_id or exp_name
     from ..storage.hub_push import check_may_push, complete_id
 

@@ -6,6 +6,11 @@ import os
 from ..errors import UsageError
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of a run that writes and publishes; known before torch is imported."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def uses_fsdp() -> bool:
     """Whether the launcher asked for FSDP."""
     return _flag("ACCELERATE_USE_FSDP")

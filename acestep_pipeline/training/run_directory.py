@@ -23,6 +23,7 @@ from ..paths import (
     PEFT_WEIGHTS_NAME,
     probe_writable,
 )
+from .launch import is_first_process
 from .manifest import MANIFEST_NAME, find_damage
 
 METRICS_NAME = "metrics.jsonl"
@@ -54,7 +55,7 @@ def check_run_directory(output_dir: Path, *, resuming: bool, overwrite: bool) ->
         UsageError: with the flag that helps.
     """
     try:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             probe_writable(output_dir)
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir} can't be written ({error.strerror}); choose another.") from error
@@ -185,7 +186,7 @@ def nothing_left_to_do(output_dir: Path, command: dict) -> bool:
             return False
     except (OSError, ValueError):
         return False
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         _clear_half_written(output_dir)
         print(f"The run in {output_dir} is finished: nothing is left to do.")
     return True

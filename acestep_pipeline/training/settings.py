@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.settings import LoraSettings, describe_kind, parse_blocks, parse_targets
-from ..commands.storage import KINDS, address_of, is_address
 from ..data.text.normalisation import normalise_tags
 from ..data.text.variants import TextOptions
 from ..errors import UsageError
 from ..paths import cache_dir, default_data, default_model
 from ..storage.copies import is_remote
+from ..storage.names import KINDS, address_of, is_address
 from ..storage.s3 import parse_address, shown
 from .objective import timestep_shares
 from .optimizers import describe_optimizer

@@ -31,6 +31,7 @@ from ..storage.release_manifest import CHECKPOINTS_FOLDER
 from ..storage.s3 import shown
 from . import sending
 from .destination import check_destination, join_address
+from .launch import is_first_process
 from .run_directory import METRICS_NAME, VALIDATION_NAME, partial_name
 
 # How long a run that was told to stop, or that failed, goes on to send its last checkpoint.
@@ -45,7 +46,7 @@ def open_uploads(address: str | None, output_dir: Path, *, may_exist: bool) -> "
 
     Raises as `check_destination` does.
     """
-    if address is None or os.environ.get("RANK", "0") != "0":
+    if address is None or not is_first_process():
         return Uploads(None, output_dir)
     return Uploads(address, output_dir, releases=check_destination(address, may_exist=may_exist))
 
