@@ -271,7 +271,7 @@ def train_song(minutes: float, folder: Path, *, window_s: int) -> dict:
 
 
 def describe(result: dict) -> str:
-    """The tables for a person, as in the README."""
+    """The tables for a person, as in docs/training.md."""
     lines = ["| model | flags | limit | song of 60 s: update, peak | of 600 s: update, peak | fits |"]
     for row in result["targets"]:
         cells = [f"{song['update_gb']:.1f}, {song['peak_gb']:.1f} GB" for song in row["songs"].values()]

@@ -1,4 +1,5 @@
-"""README.md is true: its commands parse or run, its table is the presets', its map is the tree."""
+"""README.md and docs/ are true: their commands parse or run, links lead somewhere, the table is the presets', the
+map is the tree."""
 
 import os
 import re
@@ -19,14 +20,17 @@ from acestep_pipeline.presets import load_preset, preset_names
 from acestep_pipeline.training import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+# The other pages' commands are those of engines and clouds.
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("data", "training", "adapters", "storage")))
 SCRIPTS = ("examples/fetch_free_music.sh", "./docker/train.sh")
 VENV = Path(sys.executable).parents[1]
 
 
 def blocks(language: str) -> list[str]:
-    """The contents of README's code blocks in `language` ("" for those without one)."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    """The contents of the pages' code blocks in `language` ("" for those without one)."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     return [content for name, content in found if name == language]
 
 
@@ -89,9 +93,10 @@ def test_the_python_examples_run(tmp_path, tiny_pipeline, monkeypatch):
 
 
 def test_the_presets_table_is_the_presets():
+    lines = README.read_text(encoding="utf-8").splitlines()
     for name, column in (("c", 1), ("loo", 2)):
         preset = load_preset(name)
-        rows = {row.split("|")[1].strip(): row.split("|")[column + 1].strip() for row in README.splitlines()
+        rows = {row.split("|")[1].strip(): row.split("|")[column + 1].strip() for row in lines
                 if row.startswith("| ") and row.count("|") == 5}  # fmt: skip
         assert (
             rows["rank / alpha / dropout"] == f"{preset['rank']} / {preset['lora_alpha']} / {preset['lora_dropout']}"
@@ -114,12 +119,30 @@ def test_every_preset_sets_only_flags_that_exist():
 
 
 def test_the_map_is_the_tree():
-    (tree,) = [block for block in blocks("") if "acestep_pipeline/" in block]
+    tree = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
     modules = {path.stem for path in (ROOT / "acestep_pipeline").rglob("*.py")} - {"__init__", "version"}
     missing = {module for module in modules if not re.search(rf"\b{module}\b", tree)}
-    assert not missing, f"not in README's map: {missing}"
+    assert not missing, f"not in docs/map.md: {missing}"
     for name in re.findall(r"\b(\w+\.py)\b", tree):
-        assert list(ROOT.glob(f"**/{name}")), f"{name} is in README's map but not in the tree"
+        assert list(ROOT.glob(f"**/{name}")), f"{name} is in docs/map.md but not in the tree"
+
+
+def test_every_link_leads_somewhere():
+    def anchors(page: Path) -> set[str]:  # as GitHub makes them
+        heads = re.findall(
+            r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL), re.M
+        )
+        return {re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads}
+
+    links = [
+        (page, target, anchor)
+        for page in (README, *(ROOT / "docs").glob("*.md"))
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 15
+    for page, target, anchor in links:
+        path = page.parent / target if target else page
+        assert path.exists() and (not anchor or anchor in anchors(path)), f"{page.name}: {target}#{anchor}"
 
 
 def test_make_train_trains_and_writes_what_it_names(tmp_path):
