@@ -12,7 +12,7 @@ from .commands import generate as generate_command
 from .commands import storage as storage_command
 from .commands.model_arguments import add_model_arguments, load_pipeline
 from .errors import UsageError, one_sentence_errors
-from .paths import cache_dir, default_data
+from .paths import cache_dir, check_addresses, default_data
 from .presets import preset_names
 from .version import __version__
 
@@ -202,6 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(training_flags)}")
     args.training_flags = training_flags
     with one_sentence_errors(debug=args.debug):
+        check_addresses(*vars(args).values())
         sys.exit(args.run(args))
 
 

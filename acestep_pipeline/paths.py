@@ -23,6 +23,8 @@ LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
 PEFT_DIR, COMFYUI_DIR = "peft", "comfyui"
+# A password before the bucket, or what signs a link.
+_SECRET_IN_ADDRESS = re.compile(r"^[^/]*:[^/]*@|[?&](X-Amz-|AWSAccessKeyId=|Signature=)", re.IGNORECASE)
 COMFYUI_ENDING = "_comfyui.safetensors"
 DATA_FOLDERS = ("/data", "./data")
 _NO_DATA_FOLDERS = " and no ".join(DATA_FOLDERS)
@@ -40,6 +42,7 @@ def default_model(chosen: str | None = None, *, preset: str | None = None) -> tu
     if chosen:
         return chosen, "--pretrained_model_name_or_path"
     if os.environ.get("ACESTEP_MODEL"):
+        check_addresses(os.environ["ACESTEP_MODEL"])
         return os.environ["ACESTEP_MODEL"], "ACESTEP_MODEL"
     if holds_something(Path("/model")):  # a container has that folder in any case
         return "/model", "the default folder"
@@ -62,6 +65,7 @@ def default_data(chosen: str | None = None) -> tuple[str, str]:
     if chosen:
         return chosen, "--train_data_dir"
     if os.environ.get("ACESTEP_DATA"):
+        check_addresses(os.environ["ACESTEP_DATA"])
         return os.environ["ACESTEP_DATA"], "ACESTEP_DATA"
     for folder in DATA_FOLDERS:
         if Path(folder).is_dir():
@@ -182,3 +186,35 @@ def without_secrets(address: str) -> str:
     host_and_path = r"(?:\[[\da-fA-F:.]+\]|[^@?#:/]*)(?::\d+)?(?:/[^@?#]*)?"
     parts = re.fullmatch(rf"(\w+://)?([^@/?#]*@)?({host_and_path})([?#][^@]*)?", address)
     return (parts[1] or "") + parts[3] if parts else "(hidden: it may contain a password)"
+
+
+def check_addresses(*values: object) -> None:
+    """Refuse addresses that nothing here reads, or that hold a password or a signature, before anything repeats them.
+
+    Args:
+        values: of flags; text, paths, and lists of these can be addresses.
+
+    Raises:
+        UsageError: one is such an address; what is secret in it is left out.
+    """
+    for value in values:
+        if isinstance(value, list):
+            check_addresses(*value)
+        if not isinstance(value, str | Path):
+            continue
+        slashes = "/" if isinstance(value, Path) else "//"  # a path has lost one
+        match = re.fullmatch(rf"([A-Za-z][A-Za-z0-9+.-]+):{slashes}(\S.*)", str(value), re.DOTALL)
+        if match is None:
+            continue
+        shown = one_line(without_secrets(f"{match[1]}://{match[2]}"))
+        if match[1] not in ("s3", "hf"):
+            raise UsageError(
+                f"{shown}: {match[1]}:// can't be read or written; give a folder, s3://bucket/prefix or "
+                "hf://user/repo, or download it first."
+            )
+        if _SECRET_IN_ADDRESS.search(match[2]):
+            raise UsageError(
+                f"{shown} is not an address; write s3://bucket/folder or hf://user/repo, without keys or passwords."
+            )
+        if isinstance(value, Path):
+            raise UsageError(f"{shown}: only a folder or file of this machine will do there; name one.")

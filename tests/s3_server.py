@@ -22,7 +22,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 # Long enough to be looked for in what is left and sent.
-ACCESS_KEY, SECRET_KEY = "test-key", "canary-secret-key"
+ACCESS_KEY, SECRET_KEY = "canary-access-key", "canary-secret-key"
 _SERVICES = ("s3", "filer", "master", "volume", "admin")
 
 

@@ -16,11 +16,10 @@ is refused or not there, and `RunError` where the work broke off; both say in on
 from __future__ import annotations
 
 import builtins
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..errors import UsageError
+from ..paths import check_addresses
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -33,12 +32,7 @@ __all__ = ["exists", "list", "open", "pull", "push", "sync"]
 
 def _backend(*locations: str | Path) -> ModuleType:
     """What serves these locations: a module with the functions below, imported when it is used."""
-    for location in map(str, locations):
-        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location)
-        if scheme and scheme[1] not in ("s3", "hf"):
-            raise UsageError(
-                f"{scheme[1]}:// can't be read or written; give a folder, s3://bucket/prefix or hf://user/repo."
-            )
+    check_addresses(*locations)
     if any(str(location).startswith("hf://") for location in locations):
         from . import on_hub
 

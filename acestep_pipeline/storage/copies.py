@@ -19,7 +19,7 @@ from typing import Any
 from ..data.text.text_files import one_line
 from ..errors import UsageError
 from ..files import remove_with_folders, write_text
-from ..paths import cache_dir, check_room, probe_writable
+from ..paths import cache_dir, check_addresses, check_room, probe_writable
 from .hub_address import is_on_hub
 from .s3 import RemoteFile, open_client, parse_address, s3_errors, shown
 from .s3_listing import PULL_FOLDER, list_files
@@ -51,6 +51,7 @@ def local_copy(
     date by each call: all of it, or what `choose` takes of the files' names (relative to the address). Raises as
     `pull`, `hub.hub_copy` and `choose` do.
     """
+    check_addresses(location)
     if is_on_hub(location):
         from .hub import hub_copy
 

@@ -5,6 +5,7 @@ import re
 
 from ..data.text.text_files import one_line
 from ..errors import UsageError
+from ..paths import check_addresses
 from .copies import is_remote
 from .hub_address import is_on_hub
 
@@ -29,6 +30,8 @@ def address_of(name: str, *, partly: bool = False) -> str:
     Raises:
         UsageError: it is no name, or the root is not set.
     """
+    root = os.environ.get(ROOT_VARIABLE)
+    check_addresses(name, root)
     if is_on_hub(name):
         raise UsageError(
             f"{one_line(name)} is on the Hub, which keeps the history and checks the content itself: only push, pull "
@@ -44,7 +47,6 @@ def address_of(name: str, *, partly: bool = False) -> str:
             f"{one_line(name)!r} is no name to publish under: write {kinds} and then letters, digits and . _ + -, "
             "e.g. lora/my-adapter; or a whole address (s3://bucket/…, /a/folder, ./folder)."
         )
-    root = os.environ.get(ROOT_VARIABLE)
     if not root:
         raise UsageError(
             f"{ROOT_VARIABLE} is not set: set it to s3://your-bucket (or a shared folder), or give a whole address "

@@ -11,7 +11,7 @@ from ..adapters.settings import LoraSettings, describe_kind, parse_blocks, parse
 from ..data.text.normalisation import normalise_tags
 from ..data.text.variants import TextOptions
 from ..errors import UsageError
-from ..paths import cache_dir, default_data, default_model
+from ..paths import cache_dir, check_addresses, default_data, default_model
 from ..storage.copies import is_remote
 from ..storage.names import KINDS, address_of, is_address
 from ..storage.s3 import parse_address, shown
@@ -69,6 +69,7 @@ def text_options(args: argparse.Namespace) -> TextOptions:
 
 def choose_sources(args: argparse.Namespace) -> dict[str, str]:
     """Fill in model, data and output where they were not named; returns what was chosen and why, for printing."""
+    check_addresses(*vars(args).values())
     args.pretrained_model_name_or_path, model_from = default_model(
         args.pretrained_model_name_or_path, preset=args.preset
     )

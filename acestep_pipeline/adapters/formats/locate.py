@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from ...errors import UsageError
-from ...paths import COMFYUI_DIR, LORA_WEIGHTS_NAME, PEFT_CONFIG_NAME, PEFT_DIR, PEFT_WEIGHTS_NAME
+from ...paths import COMFYUI_DIR, LORA_WEIGHTS_NAME, PEFT_CONFIG_NAME, PEFT_DIR, PEFT_WEIGHTS_NAME, check_addresses
 from ...storage.copies import is_remote, local_copy
 from ...storage.hub import download, hub_copy, list_files, looks_like_path
 from ...storage.hub_address import is_on_hub
@@ -74,6 +74,7 @@ def locate(
     token: str | None = None,
 ) -> Path:
     """The weights' file on this machine, fetched with what belongs to it and nothing else."""
+    check_addresses(source)
     wanted = {"weight_name": weight_name, "subfolder": subfolder}
     hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
     path = Path(source).expanduser()
