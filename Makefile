@@ -1,6 +1,6 @@
 # make train   set up, then train the embedded checkpoint on rendered clips (DATA=DIR: on your own music) and listen
 # make test    set up, then run the tests
-# make bench   how fast a small model trains on this CPU; make bench-gpu: the real sizes on a GPU (STAGES="xl": only some)
+# make bench   how fast small models train and generate here; make bench-gpu: the real sizes (BENCH=training STAGES=xl: some)
 # make style   format; make quality: check formatting and lint
 .DEFAULT_GOAL := help
 
@@ -11,6 +11,7 @@ MODEL ?= tiny
 DATA ?=
 OUTPUT ?= output/make-train
 STAGES ?=
+BENCH ?= $(if $(STAGES),training,training generation)
 SKYPILOT ?= .venv-skypilot
 # Enough for the tiny checkpoint to move audibly; with a real one, use --preset c.
 TRAIN_FLAGS ?= --max_train_steps 200 --learning_rate 1e-3
@@ -70,9 +71,16 @@ serverless-test: $(VENV)/.serverless
 	SKYPILOT_PYTHON=$(abspath $(SKYPILOT)/bin/python) $(BIN)/python -m pytest -m vendors
 
 # Each leaves its results in benchmarks/results and README.md. A run that was cut goes on where it was.
+bench bench-gpu: SUITE = $(if $(filter bench-gpu,$@),gpu,cpu)
 bench bench-gpu: setup
-	$(BIN)/python benchmarks/training_speed.py --suite $(if $(filter bench-gpu,$@),gpu,cpu) $(if $(STAGES),--stages $(STAGES))
+ifneq ($(filter training,$(BENCH)),)
+	$(BIN)/python benchmarks/training_speed.py --suite $(SUITE) $(if $(STAGES),--stages $(STAGES))
 	$(BIN)/python benchmarks/training_table.py
+endif
+ifneq ($(filter generation,$(BENCH)),)
+	$(BIN)/python benchmarks/generate.py --suite $(SUITE)
+	$(BIN)/python benchmarks/generation_table.py
+endif
 
 style: setup
 	$(BIN)/ruff check --fix .

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AceStepPipeline
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformerBlock
 from safetensors import SafetensorError
 
 from .adapters import hotswap as adapter_hotswap
@@ -115,6 +116,10 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
         )
         if vae is not None:
             tile_audio_coding(vae)
+        if transformer is not None:
+            # What `compile_repeated_blocks` compiles; diffusers 0.42.1 doesn't say it of this class
+            # (`tests/test_adapter_hotswap.py::test_diffusers_still_names_no_repeated_blocks`).
+            transformer._repeated_blocks = [AceStepTransformerBlock.__name__]
         if condition_encoder is not None and transformer is not None:
             # Only XL has a condition encoder narrower than its DiT.
             if condition_encoder.config.hidden_size < transformer.config.hidden_size:

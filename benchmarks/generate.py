@@ -1,169 +1,208 @@
 #!/usr/bin/env python
-"""What adapters cost while generating, beside plain diffusers without any on the same weights.
+"""How long generating takes, with adapters and without, compiled and not, beside plain diffusers on the same weights.
 
-    python benchmarks/generate.py            on two CPU cores: some minutes
+    python benchmarks/generate.py                          every stage that this machine is for
+    python benchmarks/generate.py --stages turbo           one of them
+    python benchmarks/generate.py --suite gpu --size small --max_seconds 4 --max_steps 2 --generations 2   a rehearsal
 
-The DiT has the 2 B model's width (2048) and block, with random float32 weights, but 2 blocks instead of 24: time per
-block is what counts, and all blocks are alike. Encoders and VAE are small; latents are not decoded, which would take
-the same time with adapters as without and hide what they cost. Adapters are rank 64 on all attention layers. Runs
-alternate, and ratios are medians over the rounds, of wall-clock time and of this process's CPU time (which other
-processes disturb less).
+On a GPU: full-size models with random weights, from the prompt to audio. On a CPU: a small DiT, to latents (decoding
+would take most of the time, and the same with adapters as without), and two blocks of the 2 B model's width. Ways take
+turns, a generation each, after a warm-up that compiles; milliseconds of a track are the median and the quartiles of
+these generations, ratios those of the pairs with plain diffusers of the same turn. The shares of text, steps and
+decoding come from further generations, in which the device finishes each before the next begins. `difference` is how
+far latents are from those of the way that they ought to equal, relative to them. What is compared is in
+`generation_ways.py`; `generation_table.py` writes README's table. Results are written after every configuration, and
+what the file has of this commit and hardware is not measured again.
 """
 
 import argparse
-import json
-import os
-import platform
+import dataclasses
+import functools
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AceStepPipeline, AceStepTransformer1DModel
-from diffusers.pipelines.ace_step import AceStepConditionEncoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from acestep_pipeline import ACEStepPipeline
-from acestep_pipeline.adapters.settings import LoraSettings
-from acestep_pipeline.adapters.trainable import add_lora, save_lora
-from acestep_pipeline.progress import quiet_loading
-from acestep_pipeline.tiny_checkpoint import LATENT_CHANNELS, tiny_checkpoint_path
+from acestep_pipeline.errors import UsageError, one_sentence_errors
+from acestep_pipeline.hardware import default_device
+from benchmarks.generation_ways import WAYS, Bench, Case, compiled_graphs
+from benchmarks.random_models import SIZES
+from benchmarks.results_file import RESULTS, Results, measure_or_not
+from benchmarks.training_measure import spread
+from benchmarks.training_ways import synchronize
 
-RESULTS = Path(__file__).parent / "results" / "generate.json"
-NAMES = ("jazz", "lofi", "metal", "waltz")
-LYRICS = "[verse]\n" + "\n".join(f"line {line} of a song about the rain and the road" for line in range(12))
-PROMPTS = [f"{mood} piece with drums, bass and a warm lead, close and dry, live in a small room" for mood in (
-    "a calm", "a dark and slow", "an energetic", "a bright", "a very quiet, nearly silent", "a happy", "a wild", "a",
-)]  # fmt: skip
+ALL = tuple(way for way in WAYS if not way.startswith("adapters_"))
+FEW = ("diffusers", "diffusers_compiled", "adapter", "adapter_compiled")
+EIGHT = ("adapter", "adapters_in_pairs", "adapters_in_turn")
+SMALL = {"decoded": False, "rank": 8}  # an eighth of the width, and of the rank
+# Stage -> configurations, each with the ways that take turns.
+CPU_STAGES: dict[str, list[tuple[Case, tuple[str, ...]]]] = {
+    "turbo": [(Case("small", "turbo", 60, 8, 1.0, **SMALL), ALL)],
+    "base": [(Case("small", "base", 6, 27, guidance, **SMALL), FEW) for guidance in (1.0, 7.0)],
+    "width": [(Case("wide", "base", 10, 1, 7.0, decoded=False), ("diffusers", "adapter", "fused"))],
+    "adapters": [(Case("wide", "base", 4, 1, 1.0, prompts=8, decoded=False), EIGHT)],
+}
+GPU_STAGES: dict[str, list[tuple[Case, tuple[str, ...]]]] = {
+    "turbo": [(Case("2b", "turbo", 60, 8, 1.0), ALL)],
+    "base_27": [(Case("2b", "base", 60, 27, guidance), FEW) for guidance in (1.0, 7.0)],
+    "base_50": [(Case("2b", "base", 60, 50, guidance), FEW) for guidance in (1.0, 7.0)],
+    "fused": [(Case("2b", "base", 60, 27, 7.0), ("diffusers", "diffusers_adapter", "fused", "fused_compiled"))],
+    "xl_turbo": [(Case("xl", "turbo", 60, 8, 1.0), FEW)],
+    "xl_base": [(Case("xl", "base", 60, 27, 7.0), FEW)],
+    "adapters": [(Case("2b", "turbo", 20, 8, 1.0, prompts=8), EIGHT)],
+}
+SUITES = {"cpu": CPU_STAGES, "gpu": GPU_STAGES}
+WARM_UP, SPLIT_GENERATIONS = 2, 3
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--blocks", type=int, default=2, help="of the DiT (default: %(default)s)")
-    p.add_argument("--rank", type=int, default=64, help="of the adapters (default: %(default)s)")
-    p.add_argument("--duration", type=float, default=60.0, help="seconds of audio, one prompt (default: %(default)s)")
-    p.add_argument("--batch-duration", type=float, default=20.0, help="the same, eight prompts (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=1, help="of each generation, guided (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=3, help="generations of each kind (default: %(default)s)")
-    p.add_argument("--output", type=Path, default=RESULTS, help="results file (default: %(default)s)")
+    p.add_argument("--suite", choices=tuple(SUITES), help="which configurations (unset: by whether there is a GPU)")
+    names = "; ".join(f"{suite}: {', '.join(stages)}" for suite, stages in SUITES.items())
+    p.add_argument("--stages", nargs="+", metavar="STAGE", help=f"{names} (unset: all)")
+    p.add_argument("--size", choices=SIZES, help="this model instead of those of the suite")
+    p.add_argument("--max_seconds", type=int, help="tracks of at most this, instead of those of the suite")
+    p.add_argument("--max_steps", type=int, help="at most so many steps, instead of those of the suite")
+    p.add_argument("--generations", type=int, default=20, help="timed, of each way (default: %(default)s)")
+    p.add_argument("--output", type=Path, help="results file (unset: benchmarks/results/generate_SUITE.json)")
+    p.add_argument("--overwrite", action="store_true", help="measure again what the file has")
     return p.parse_args(argv)
 
 
-def main() -> None:
-    """Measure, print and write the results file."""
-    args = parse_args()
-    plain, ours = pipelines(args.blocks)
-    with tempfile.TemporaryDirectory() as root:
-        files = write_adapters(ours.transformer, Path(root), rank=args.rank)
-        names = list(files)
-        one = {"audio_duration": args.duration, "num_inference_steps": args.steps}
-        eight = {"audio_duration": args.batch_duration, "num_inference_steps": args.steps}
-
-        def with_adapter() -> None:
-            generate(ours, PROMPTS[:1], **one)
-
-        def eight_with(adapters: list[str]) -> Callable[[], None]:
-            return lambda: generate(ours, PROMPTS, adapters=adapters, **eight)
-
-        # Plain diffusers runs on a DiT of its own without adapter layers, with the same weights.
-        ours.load_lora_weights(files["jazz"], adapter_name="jazz")
-        cases = {"plain": lambda: generate(plain, PROMPTS[:1], **one), "one_adapter": with_adapter}
-        result = {"one_adapter": compare(cases, rounds=args.rounds)}
-        ours.fuse_lora()
-        cases = {"plain": lambda: generate(plain, PROMPTS[:1], **one), "fused": with_adapter}
-        result["fused"] = compare(cases, rounds=args.rounds)
-        ours.unfuse_lora()
-        for name in names[1:]:
-            ours.load_lora_weights(files[name], adapter_name=name)
-        ours.set_adapters("jazz")
-        cases = {
-            "eight_prompts_one_adapter": lambda: generate(ours, PROMPTS, **eight),
-            "four_adapters_in_pairs": eight_with([name for name in names for _ in range(2)]),
-            "four_adapters_in_turn": eight_with(names * 2),
-        }
-        result["batch"] = compare(cases, rounds=args.rounds)
-    config = ours.transformer.config
-    result |= {
-        "size": f"{args.blocks} blocks of width {config.hidden_size}, rank {args.rank}, float32",
-        "settings": {name: value for name, value in vars(args).items() if name != "output"},
-        "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "load_average_after": os.getloadavg()[0],
-    }  # fmt: skip
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"Wrote {args.output}")
+def main(argv: list[str] | None = None) -> None:
+    """Run the stages."""
+    args = parse_args(argv)
+    has_gpu = default_device().type == "cuda"
+    suite = args.suite or ("gpu" if has_gpu else "cpu")
+    if suite == "gpu" and not has_gpu and args.size is None:
+        raise UsageError("the GPU suite needs a CUDA device; --size small rehearses it on a CPU.")
+    stages = SUITES[suite]
+    if unknown := set(args.stages or ()) - stages.keys():
+        raise UsageError(f"--stages {', '.join(sorted(unknown))}: the {suite} suite has {', '.join(stages)}.")
+    if args.generations < 2:
+        raise UsageError(f"--generations must be at least 2, not {args.generations}.")
+    output = args.output or RESULTS / f"generate_{suite}.json"
+    results = Results(output, overwrite=args.overwrite, describe=describe_row)
+    for stage in args.stages or stages:
+        for case, ways in stages[stage]:
+            seconds, steps = min(case.seconds, args.max_seconds or 600), min(case.steps, args.max_steps or 1000)
+            case = dataclasses.replace(case, size=args.size or case.size, seconds=seconds, steps=steps)
+            if not results.has(stage, case):
+                print(f"{stage}: {describe(case)} …", flush=True)
+                measured = functools.partial(measure, case, ways, generations=args.generations)
+                results.add(stage, case, measure_or_not(measured, ways))
+    print(f"Wrote {output}; benchmarks/generation_table.py puts it into README.md.")
 
 
-def pipelines(blocks: int) -> tuple[AceStepPipeline, ACEStepPipeline]:
-    """diffusers' and ours, each with a DiT of its own of the same weights; all other components are shared."""
-    torch.manual_seed(0)
-    channels = {"in_channels": 3 * LATENT_CHANNELS, "audio_acoustic_hidden_dim": LATENT_CHANNELS}
-    with quiet_loading():
-        ours = ACEStepPipeline.from_pretrained(tiny_checkpoint_path())
-        transformer = AceStepTransformer1DModel(num_hidden_layers=blocks, model_version="base", **channels)
-        condition_encoder = AceStepConditionEncoder(
-            text_hidden_dim=ours.text_encoder.config.hidden_size,
-            timbre_hidden_dim=LATENT_CHANNELS,
-            num_lyric_encoder_hidden_layers=1,
-            num_timbre_encoder_hidden_layers=1,
-        )
-        ours.register_modules(transformer=transformer.eval(), condition_encoder=condition_encoder.eval())
-        own = AceStepTransformer1DModel.from_config(transformer.config).eval()
-        own.load_state_dict(transformer.state_dict())
-        plain = AceStepPipeline(**(ours.components | {"transformer": own}))
-    for pipeline in (plain, ours):
-        pipeline.set_progress_bar_config(disable=True)
-    return plain, ours
+def describe(case: Case) -> str:
+    """E.g. `2b turbo, 60 s, 8 steps, no guidance`."""
+    guidance = "no guidance" if case.guidance <= 1 else f"guidance {case.guidance:g}"
+    prompts = "" if case.prompts == 1 else f"{case.prompts} × "
+    steps = "1 step" if case.steps == 1 else f"{case.steps} steps"
+    return f"{case.size} {case.variant}, {prompts}{case.seconds} s, {steps}, {guidance}"
 
 
-def write_adapters(transformer: torch.nn.Module, root: Path, *, rank: int) -> dict[str, Path]:
-    """Adapter directories with random weights, by name; the transformer is as it was."""
-    add_lora(transformer, LoraSettings(r=rank, lora_alpha=2.0 * rank), seed=0)
-    for name in NAMES:
-        for parameter_name, parameter in transformer.named_parameters():
-            if "lora_B" in parameter_name:
-                torch.nn.init.normal_(parameter.data, std=0.01)
-        save_lora(transformer, root / name)
-    transformer.unload_lora()
-    return {name: root / name for name in NAMES}
+def describe_row(row: dict) -> str:
+    """One line for a person."""
+    if "ms" not in row:
+        return f"{row['way']:20} out of memory"
+    line = f"{row['way']:20}" + "{median:10.1f} ms ({q1:.1f}-{q3:.1f})".format(**row["ms"])
+    line += "" if row["vs_first"] is None else f"{row['vs_first']['median']:8.3f} ×"
+    line += "" if row["difference"] is None else f"  latents differ by {row['difference']:.1e}"
+    recompiled = row["graphs_compiled_by_swaps"]
+    return line + ("" if recompiled is None else f"  {recompiled} graphs compiled by swaps")
 
 
-def generate(pipeline: AceStepPipeline, prompts: list[str], **options) -> None:
-    """One generation, to latents, with guidance."""
-    generators = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
-    lyrics = [LYRICS] * len(prompts)
-    pipeline(prompts, lyrics=lyrics, guidance_scale=7.0, generator=generators, output_type="latent", **options)
+@torch.no_grad()
+def measure(case: Case, ways: tuple[str, ...], *, generations: int) -> list[dict]:
+    """One row for each way, all on the same weights, in turns."""
+    torch.compiler.reset()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        # One entry for each kind of block, adapter layers and pipeline: together more than the eight that are usual.
+        torch._dynamo.config.patch(recompile_limit=64),
+    ):
+        bench = Bench(case, Path(folder))
+        rows = {way: warm_up(bench, way) for way in ways}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for number in range(generations):
+            # In turn from the front and from the back, so that a drift of the machine's speed cancels.
+            for way in ways[:: -1 if number % 2 else 1]:
+                seconds[way].append(timed(bench, way))
+        latents = {way: bench.generate(way, decoded=False).float() for way in ways}
+        for way, row in rows.items():
+            pairs = zip(seconds[way], seconds[ways[0]], strict=True)
+            equal = latents.get(WAYS[way].equals)
+            row |= {
+                "ms": spread([1000 * value for value in seconds[way]]),
+                "vs_first": None if way == ways[0] else spread([mine / first for mine, first in pairs], digits=4),
+                "difference": None if equal is None else float((latents[way] - equal).norm() / equal.norm()),
+                "phases_ms": split(bench, way),
+            }
+        for way in ways:
+            swappable = WAYS[way].compiled and WAYS[way].adapters and not WAYS[way].fused
+            rows[way]["graphs_compiled_by_swaps"] = bench.swap_adapter(way) if swappable else None
+        return list(rows.values())
 
 
-def compare(cases: dict[str, Callable[[], None]], *, rounds: int) -> dict:
-    """Seconds of each case and its ratio to the first, medians over the rounds after one to warm up."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
-    for number in range(rounds + 1):
-        # In turn from the front and from the back, so that a drift of the machine's speed cancels.
-        for name in list(cases)[:: -1 if number % 2 else 1]:
-            start = time.perf_counter(), time.process_time()
-            cases[name]()
-            took = time.perf_counter() - start[0], time.process_time() - start[1]
-            if number:
-                seconds[name].append(took)
-    first = next(iter(cases))
-    result = {}
-    for name, values in seconds.items():
-        row = {
-            "wall_s": statistics.median(wall for wall, _ in values),
-            "cpu_s": statistics.median(cpu for _, cpu in values),
-        }
-        pairs = list(zip(values, seconds[first], strict=True))
-        row["wall_ratio"] = round(statistics.median(mine[0] / other[0] for mine, other in pairs), 3)
-        row["cpu_ratio"] = round(statistics.median(mine[1] / other[1] for mine, other in pairs), 3)
-        result[name] = row
-        print(f"{name:28}{row['wall_s']:8.2f} s{row['wall_ratio']:8.3f}{row['cpu_ratio']:8.3f}", flush=True)
-    return result
+def warm_up(bench: Bench, way: str) -> dict:
+    """Generations that are not timed, with what the first of them compiles: the beginning of a row."""
+    bench.pipeline(way)
+    before, started = compiled_graphs(), now(bench.device)
+    for _ in range(WARM_UP):
+        bench.generate(way)
+    return {
+        "way": way,
+        "precision": str(bench.dtype).removeprefix("torch."),
+        "warm_up_generations": WARM_UP,
+        "warm_up_s": round(now(bench.device) - started, 2),
+        # What an earlier way compiled is not compiled again.
+        "graphs_compiled": compiled_graphs() - before,
+    }
+
+
+def timed(bench: Bench, way: str) -> float:
+    """Seconds of a generation."""
+    started = now(bench.device)
+    bench.generate(way)
+    return now(bench.device) - started
+
+
+def split(bench: Bench, way: str) -> dict[str, float]:
+    """Milliseconds of text, steps and decoding: medians of further generations."""
+    taken: dict[str, list[float]] = {"text": [], "steps": [], "decoding": []}
+    for _ in range(SPLIT_GENERATIONS):
+        ends = [now(bench.device)]
+
+        def began(*_, ends=ends) -> None:  # of each step
+            if len(ends) == 1:
+                ends.append(now(bench.device))
+
+        def ended(*_, ends=ends) -> dict:
+            ends[2:] = [now(bench.device)]
+            return {}
+
+        hook = bench.pipeline(way).transformer.register_forward_pre_hook(began)
+        bench.generate(way, callback_on_step_end=ended)
+        hook.remove()
+        ends.append(now(bench.device))
+        for phase, before, after in zip(taken, ends, ends[1:], strict=False):
+            taken[phase].append(1000 * (after - before))
+    return {phase: round(statistics.median(values), 2) for phase, values in taken.items()}
+
+
+def now(device: torch.device) -> float:
+    """When the device has done what it was told."""
+    synchronize(device)
+    return time.perf_counter()
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence_errors(debug=False):
+        main()

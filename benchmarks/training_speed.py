@@ -13,24 +13,19 @@ on where it was.
 
 import argparse
 import dataclasses
-import gc
-import json
+import functools
 import sys
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline.errors import UsageError, one_sentence_errors
-from acestep_pipeline.files import write_text
-from acestep_pipeline.hardware import default_device, describe_device
-from acestep_pipeline.training.tracking import environment_facts
+from acestep_pipeline.hardware import default_device
 from benchmarks.random_models import SIZES
+from benchmarks.results_file import RESULTS, Results, measure_or_not
 from benchmarks.training_measure import measure
 from benchmarks.training_ways import Case
 
-RESULTS = Path(__file__).parent / "results"
 SIDE_BY_SIDE, MASKS = ("bare", "peers", "ours"), ("ours_dense", "ours")
 # Stage -> configurations, each with the ways that take turns.
 CPU_STAGES: dict[str, list[tuple[Case, tuple[str, ...]]]] = {
@@ -77,50 +72,20 @@ def main(argv: list[str] | None = None) -> None:
     if args.updates < 2:
         raise UsageError(f"--updates must be at least 2, not {args.updates}.")
     output = args.output or RESULTS / f"training_speed_{suite}.json"
-    results = Results(output, overwrite=args.overwrite)
+    results = Results(output, overwrite=args.overwrite, describe=describe_row)
     for stage in args.stages or stages:
         for case, ways in stages[stage]:
             seconds = min(case.seconds, args.max_seconds or case.seconds)
             case = dataclasses.replace(case, size=args.size or case.size, seconds=seconds)
             if not results.has(stage, case):
                 print(f"{stage}: {describe(case)} …", flush=True)
-                results.add(stage, case, measure_or_not(case, ways, updates=args.updates))
+                measured = functools.partial(measure, case, ways, updates=args.updates)
+                results.add(stage, case, measure_or_not(measured, ways))
     from benchmarks.training_table import targets
 
     for line in targets(results.rows, suite):
         print(line)
     print(f"Wrote {output}; benchmarks/training_table.py puts it into README.md.")
-
-
-class Results:
-    """The rows of a results file, one for each way of each configuration, written as they come."""
-
-    def __init__(self, path: Path, *, overwrite: bool) -> None:
-        """Read what is there."""
-        self.path, self.overwrite = path, overwrite
-        self.rows: list[dict] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-        facts = environment_facts()
-        self.facts = {"hardware": describe_device(default_device()), "threads": torch.get_num_threads()}
-        self.facts |= {name: facts[name] for name in ("git_commit", "versions")}
-        self.added: list[dict] = []
-
-    def has(self, stage: str, case: Case) -> bool:
-        """Whether the file has this configuration, of this commit and hardware."""
-
-        def origin(facts: dict) -> tuple:  # writing the file makes a clean checkout dirty
-            return facts["hardware"], (facts["git_commit"] or "").removesuffix("-dirty")
-
-        found = [row for row in self.rows if (row["stage"], row["case"]) == (stage, dataclasses.asdict(case))]
-        return not self.overwrite and bool(found) and all(origin(row) == origin(self.facts) for row in found)
-
-    def add(self, stage: str, case: Case, rows: list[dict]) -> None:
-        """Put rows in the place of those of the same configuration, and write the file."""
-        key = {"stage": stage, "case": dataclasses.asdict(case)}
-        self.rows = [row for row in self.rows if {name: row[name] for name in key} != key]
-        self.rows += [key | row | self.facts for row in rows]
-        for row in rows:
-            print(f"  {describe_row(row)}", flush=True)
-        write_text(self.path, json.dumps({"rows": self.rows}, indent=1) + "\n")
 
 
 def describe(case: Case) -> str:
@@ -141,18 +106,6 @@ def describe_row(row: dict) -> str:
     return line + "".join(
         f", {value['median']:.3f} × {name.removeprefix('vs_')}" for name, value in row.items() if name[:3] == "vs_"
     )
-
-
-def measure_or_not(case: Case, ways: tuple[str, ...], *, updates: int) -> list[dict]:
-    """`measure`, or rows that say that memory ran out."""
-    try:
-        rows = measure(case, ways, updates=updates)
-    except torch.OutOfMemoryError:
-        rows = [{"way": way, "out_of_memory": True} for way in ways]
-    gc.collect()
-    if default_device().type == "cuda":
-        torch.cuda.empty_cache()
-    return rows
 
 
 if __name__ == "__main__":

@@ -8,19 +8,16 @@ What was not run is blank.
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from acestep_pipeline.errors import RunError, one_sentence_errors
-from acestep_pipeline.files import write_text
-from benchmarks.training_speed import RESULTS, SUITES, Case, describe
+from acestep_pipeline.errors import one_sentence_errors
+from benchmarks.results_file import RESULTS, read_rows, write_tables
+from benchmarks.training_speed import SUITES, Case, describe
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- benchmarks/training_table.py writes this -->", "<!-- up to here -->"
 # What the product page says of 100 tracks × 100 epochs on an H100.
 PAGE_HOURS = 5
 
@@ -30,14 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--check", action="store_true", help="only say whether README.md is what the results say")
     args = p.parse_args(argv)
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    wanted = f"{before}{BEGIN}\n{tables()}\n{END}{after}"
-    if args.check and text != wanted:
-        raise RunError("README.md is not what benchmarks/results says: run python benchmarks/training_table.py.")
-    if not args.check:
-        write_text(README, wanted)
+    write_tables("benchmarks/training_table.py", tables(), check=args.check)
 
 
 def tables(results: Path = RESULTS) -> str:
@@ -47,11 +37,6 @@ def tables(results: Path = RESULTS) -> str:
     lines += ["", *comparison_table(rows), ""]
     lines += [line for suite in SUITES for line in (f"- {target}" for target in targets(rows[suite], suite))]
     return "\n".join(lines)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a results file; none if it is not there."""
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
 
 def find(rows: list[dict], case: Case, way: str, stage: str) -> dict | None:

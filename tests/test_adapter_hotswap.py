@@ -100,6 +100,40 @@ def test_a_compiled_model_is_compiled_once_whatever_comes(pipeline, adapters, ex
     assert [parameter.data_ptr() for parameter in pipeline.transformer.parameters()] == tensors
 
 
+def test_blocks_that_are_compiled_one_by_one_are_not_compiled_again(tiny_pipeline, adapters, expected):
+    """One graph for each kind of block, sliding and full; and the same sound as without."""
+    tiny_pipeline.enable_lora_hotswap(target_rank=8)
+    tiny_pipeline.load_lora_weights(adapters["jazz"], adapter_name="slot")
+    plain = {}
+    for name in ("jazz", "rs"):
+        tiny_pipeline.load_lora_weights(adapters[name], adapter_name="slot", hotswap=True)
+        plain[name] = velocity(tiny_pipeline)
+    torch.compiler.reset()
+    counters.clear()
+    tiny_pipeline.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(velocity(tiny_pipeline), plain["rs"], rtol=0, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 2
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            tiny_pipeline.load_lora_weights(adapters["jazz"], adapter_name="slot", hotswap=True)
+            torch.testing.assert_close(velocity(tiny_pipeline), plain["jazz"], rtol=0, atol=1e-5)
+            with pytest.raises(UsageError, match="call enable_lora_hotswap"):
+                tiny_pipeline.load_lora_weights(adapters["lokr"], adapter_name="slot", hotswap=True)
+
+
+def test_compiled_blocks_without_room_refuse_what_has_none(pipeline, adapters, expected):
+    pipeline.load_lora_weights(adapters["small"], adapter_name="slot")
+    pipeline.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with pytest.raises(UsageError, match="its rank is 4, and 'slot' has room for 2; call enable_lora_hotswap"):
+        pipeline.load_lora_weights(adapters["jazz"], adapter_name="slot", hotswap=True)
+    assert_is(pipeline, expected["small"])
+
+
+def test_diffusers_still_names_no_repeated_blocks():
+    """Once it does, `ACEStepPipeline.__init__` need not."""
+    assert not AceStepTransformer1DModel._repeated_blocks
+
+
 def test_every_lora_in_the_place_of_every_other_without_any_preparation(pipeline, adapters, expected):
     pipeline.load_lora_weights(adapters["small"], adapter_name="beside")
     pipeline.load_lora_weights(adapters["jazz"], adapter_name="slot")

@@ -175,7 +175,9 @@ def _layers_of(transformer: torch.nn.Module, name: str) -> Iterable[tuple[str, L
 
 
 def _is_compiled(transformer: torch.nn.Module) -> bool:
-    return hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None
+    """As a whole or in blocks."""
+    modules = transformer.modules()
+    return hasattr(transformer, "_orig_mod") or any(module._compiled_call_impl is not None for module in modules)
 
 
 def _replace(transformer: torch.nn.Module, name: str, load_anew: Callable[[], None]) -> None:

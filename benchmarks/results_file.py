@@ -1,0 +1,88 @@
+"""Results files: what each row was measured on, and runs that go on where they were cut; tables written of them."""
+
+import dataclasses
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from acestep_pipeline.errors import RunError
+from acestep_pipeline.files import write_text
+from acestep_pipeline.hardware import default_device, describe_device
+from acestep_pipeline.training.tracking import environment_facts
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+END = "<!-- up to here -->"
+
+
+def origin() -> dict:
+    """What figures of this process are measured on: hardware, threads, git commit, versions."""
+    facts = environment_facts()
+    found = {"hardware": describe_device(default_device()), "threads": torch.get_num_threads()}
+    return found | {name: facts[name] for name in ("git_commit", "versions")}
+
+
+class Results:
+    """The rows of a results file, one for each way of each configuration (a dataclass), written as they come."""
+
+    def __init__(self, path: Path, *, overwrite: bool, describe: Callable[[dict], str]) -> None:
+        """Read what is there. `describe` makes a line for a person of a row."""
+        self.path, self.overwrite, self.describe = path, overwrite, describe
+        self.rows, self.facts = read_rows(path), origin()
+
+    def has(self, stage: str, case) -> bool:
+        """Whether the file has this configuration, of this commit and hardware."""
+
+        def of(facts: dict) -> tuple:  # writing the file makes a clean checkout dirty
+            return facts["hardware"], (facts["git_commit"] or "").removesuffix("-dirty")
+
+        found = [row for row in self.rows if (row["stage"], row["case"]) == (stage, dataclasses.asdict(case))]
+        return not self.overwrite and bool(found) and all(of(row) == of(self.facts) for row in found)
+
+    def add(self, stage: str, case, rows: list[dict]) -> None:
+        """Put rows in the place of those of the same configuration, and write the file."""
+        key = {"stage": stage, "case": dataclasses.asdict(case)}
+        self.rows = [row for row in self.rows if {name: row[name] for name in key} != key]
+        self.rows += [key | row | self.facts for row in rows]
+        for row in rows:
+            print(f"  {self.describe(row)}", flush=True)
+        write_text(self.path, json.dumps({"rows": self.rows}, indent=1) + "\n")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a results file; none if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+
+
+def measure_or_not(measure: Callable[[], list[dict]], ways: tuple[str, ...]) -> list[dict]:
+    """What `measure` returns, or rows that say that memory ran out."""
+    try:
+        rows = measure()
+    except torch.OutOfMemoryError:
+        rows = [{"way": way, "out_of_memory": True} for way in ways]
+    gc.collect()
+    if default_device().type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def write_tables(script: str, text: str, *, page: Path = README, check: bool = False) -> None:
+    """Put `text` between the marks of `script` in a page, or only compare it.
+
+    Raises:
+        RunError: the page has no such marks, or, with `check`, something else between them.
+    """
+    found = page.read_text(encoding="utf-8")
+    before, begin, rest = found.partition(f"<!-- {script} writes this -->")
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise RunError(f"{page.name} has no place for what {script} writes.")
+    wanted = f"{before}{begin}\n{text}\n{end}{after}"
+    if check and found != wanted:
+        raise RunError(f"{page.name} is not what benchmarks/results says: run python {script}.")
+    if not check:
+        write_text(page, wanted)
