@@ -2,11 +2,12 @@
 
     python benchmarks/storage_faults.py --schedules 200 --output benchmarks/results/storage_faults.json
 
-A real S3 server (SeaweedFS) stands behind a proxy that cuts connections before, within and after requests, answers 500
-and 503, changes bytes and waits. In each schedule a run is published four times through it, and pulled after each; a
-schedule is survived if, looked at without the proxy, the latest release always was the old one or the new one, whole;
-if what was said to be published was; if every release verifies in the end; if a pull gave exactly a release or no
-folder at all; and if every failure was one of the two errors that become one sentence.
+A real S3 server (SeaweedFS) stands behind a proxy that cuts connections before, within and after requests, answers
+500 and 503, says that the credentials have expired, changes bytes and waits. In each schedule a run is published four
+times through it, and pulled after each; a schedule is survived if, looked at without the proxy, the latest release
+always was the old one or the new one, whole; if what was said to be published was; if every release verifies in the
+end; if a pull gave exactly a release or no folder at all; and if every failure was one of the two errors that become
+one sentence.
 """
 
 import argparse

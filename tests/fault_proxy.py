@@ -9,7 +9,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
 
+from tests.loopback import serving
 from tests.s3_server import S3Server
 
 _BODY = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>%s</Code><Message>busy</Message></Error>'
@@ -17,6 +19,7 @@ _REFUSALS = {
     "SlowDown": b"503 Slow Down",
     "InternalError": b"500 Internal Server Error",
     "ServiceUnavailable": b"503 Service Unavailable",
+    "ExpiredToken": b"400 Bad Request",
 }
 # What may happen to a request: its connection is cut before it or within it, or before the answer or within that; the
 # server refuses it; a byte of it or of the answer is changed; the answer takes its time.
@@ -34,11 +37,13 @@ FAULTS = (
 
 @dataclass
 class FaultProxy:
-    """Where it listens, what share of the requests it harms, and how often it did what."""
+    """Where it listens, what share of the requests it harms, after how many the credentials expire, and how often it
+    did what."""
 
     url: str
     random: random.Random
     share: float
+    expires_after: int | None = None
     done: Counter = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -46,6 +51,8 @@ class FaultProxy:
         """The fault of the next request."""
         with self.lock:
             fault = self.random.choice(FAULTS) if self.random.random() < self.share else None
+            if self.expires_after is not None and self.done.total() >= self.expires_after:
+                fault = "ExpiredToken"
             self.done[fault or "none"] += 1
         return fault
 
@@ -101,8 +108,11 @@ def _pass_on(proxy: FaultProxy, near: socket.socket, far: socket.socket) -> None
 
 
 @contextlib.contextmanager
-def faulty(server: S3Server, *, seed: int, share: float) -> Iterator[FaultProxy]:
-    """A proxy in front of `server` that harms `share` of the requests, drawn from `seed`."""
+def faulty(
+    server: S3Server, *, seed: int = 0, share: float = 0.0, expires_after: int | None = None
+) -> Iterator[FaultProxy]:
+    """A proxy in front of `server` that harms `share` of the requests, drawn from `seed`; the credentials expire after
+    so many requests."""
     target = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
 
     def serve(near: socket.socket) -> None:
@@ -110,7 +120,7 @@ def faulty(server: S3Server, *, seed: int, share: float) -> Iterator[FaultProxy]
             _pass_on(proxy, near, far)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        proxy = FaultProxy(f"http://127.0.0.1:{listener.getsockname()[1]}", random.Random(seed), share)
+        proxy = FaultProxy(f"http://127.0.0.1:{listener.getsockname()[1]}", random.Random(seed), share, expires_after)
 
         def accept() -> None:
             with contextlib.suppress(OSError):  # the listener is closed
@@ -120,3 +130,32 @@ def faulty(server: S3Server, *, seed: int, share: float) -> Iterator[FaultProxy]
         threading.Thread(target=accept, daemon=True).start()
         yield proxy
         listener.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def refusing(code: str, status: int, headers: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """A server that refuses every request as S3 does; yields its URL and the list of what was asked ("GET /path")."""
+    asked: list[str] = []
+    body = (
+        f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>no</Message>'
+        f"<Region>{headers.get('x-amz-bucket-region', '')}</Region></Error>"
+    ).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def _refuse(self):
+            asked.append(f"{self.command} {self.path}")
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _refuse
+
+    with serving(Handler) as server:
+        yield f"http://127.0.0.1:{server.server_port}", asked

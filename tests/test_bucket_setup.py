@@ -71,6 +71,12 @@ def test_the_lifecycle_rules_are_ones_that_s3_takes_and_others_are_kept(bucket, 
     monkeypatch.setattr(bucket_setup, "open_client", remembering)
     said = set_up_bucket(f"s3://{bucket.server.bucket}/team")
     assert sent == [[theirs, *lifecycle_rules("team/")]]
+    tiers = {rule["Filter"]["Prefix"]: rule["Transitions"][0]["StorageClass"] for rule in sent[0][2:]}
+    assert tiers == {
+        "team/trajectories/": "STANDARD_IA",
+        "team/results/": "STANDARD_IA",
+        "team/lora/": "INTELLIGENT_TIERING",
+    }
     assert any(sentence.startswith("NOT set, this server doesn't know it: unfinished uploads") for sentence in said)
 
 

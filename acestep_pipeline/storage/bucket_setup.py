@@ -1,16 +1,21 @@
 """Set a bucket up for releases, and say what each kind of user must be allowed there."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import UsageError
-from .s3 import open_client, parse_address, s3_errors
+from .s3 import open_client, parse_address, s3_errors, shown
 
 # What begins the names of our lifecycle rules: others in the bucket are kept.
 _RULE_PREFIX = "acestep-"
 UNFINISHED_DAYS, OLD_VERSION_DAYS, COLD_DAYS = 7, 30, 90
 # Of the layout, what is read rarely once it is some months old.
 COLD_KINDS = ("trajectories", "results")
+# Of lora/ it is the checkpoints, lora/<name>/checkpoints/, by far the most of it. A rule's prefix has no wildcard for
+# the name, so S3 is to tell them from adapters in use: what nobody reads for 30 days goes to a colder tier, after 90
+# to the next, and either is read at once and without a fee ("S3 Intelligent-Tiering", user guide).
+CHECKPOINTS_KIND, TIERING_DAYS = "lora", 1
 ROLES = {
     "reader": "pull, ls, verify; training and generating from s3://",
     "trainer": "what a reader may, and push, but for models/; nothing can be removed",
@@ -31,7 +36,7 @@ def set_up_bucket(address: str, *, dry_run: bool = False) -> list[str]:
         UsageError: no such address, or S3 refuses.
     """
     bucket, _ = parse_address(address)
-    with s3_errors(address, writing=True):
+    with s3_errors(address), _named_permissions(address):
         client = open_client(1)
         found = [_create(client, bucket, dry_run)]
         settings: list[tuple[str, Callable[[], Any]]] = [
@@ -62,7 +67,8 @@ def set_up_bucket(address: str, *, dry_run: bool = False) -> list[str]:
             ),
             (
                 f"unfinished uploads go after {UNFINISHED_DAYS} days, deleted and overwritten versions after "
-                f"{OLD_VERSION_DAYS}; {', '.join(COLD_KINDS)} become STANDARD_IA after {COLD_DAYS}",
+                f"{OLD_VERSION_DAYS}; {', '.join(COLD_KINDS)} become STANDARD_IA after {COLD_DAYS}; "
+                f"{CHECKPOINTS_KIND} INTELLIGENT_TIERING, by which checkpoints that nobody reads become colder after 30 and 90",
                 lambda: _put_lifecycle(client, address),
             ),
         ]
@@ -71,12 +77,29 @@ def set_up_bucket(address: str, *, dry_run: bool = False) -> list[str]:
     return found
 
 
+@contextlib.contextmanager
+def _named_permissions(address: str) -> Iterator[None]:
+    """Say what setting a bucket up takes, where it is not allowed. Use it within `s3_errors`."""
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code", "") != "AccessDenied":
+            raise
+        raise UsageError(
+            f"{shown(address)}: these credentials may not set a bucket up; ask for s3:ListBucket, s3:CreateBucket, "
+            "s3:PutBucketVersioning, s3:PutEncryptionConfiguration, s3:PutBucketPublicAccessBlock, "
+            "s3:GetLifecycleConfiguration and s3:PutLifecycleConfiguration, or have its owner run it."
+        ) from None
+
+
 def _create(client: Any, bucket: str, dry_run: bool) -> str:
     try:
-        client.head_bucket(Bucket=bucket)
+        client.list_objects_v2(Bucket=bucket, MaxKeys=1)  # a HEAD would not say why it is refused
         return f"the bucket {bucket} is there"
     except client.exceptions.ClientError as error:
-        if str(error.response.get("Error", {}).get("Code", "")) not in ("404", "NoSuchBucket"):
+        if str(error.response.get("Error", {}).get("Code", "")) != "NoSuchBucket":
             raise
     if dry_run:
         return f"would create the bucket {bucket}"
@@ -138,7 +161,13 @@ def lifecycle_rules(folder: str) -> list[dict]:
         }
         for kind in COLD_KINDS
     ]
-    return [clean_up, *cold]
+    checkpoints = {
+        "ID": f"{_RULE_PREFIX}checkpoints",
+        "Status": "Enabled",
+        "Filter": {"Prefix": f"{folder}{CHECKPOINTS_KIND}/"},
+        "Transitions": [{"Days": TIERING_DAYS, "StorageClass": "INTELLIGENT_TIERING"}],
+    }
+    return [clean_up, *cold, checkpoints]
 
 
 def access_policy(role: str, address: str) -> dict:

@@ -32,11 +32,12 @@ _REFUSED = {
     "AccessDenied": "these credentials may not read it; ask for s3:ListBucket and s3:GetObject on it",
     "BadDigest": "what arrived there is not what was sent; run it again",
     "XAmzContentChecksumMismatch": "what arrived there is not what was sent; run it again",
-    "PermanentRedirect": "the bucket is in another region; set AWS_DEFAULT_REGION to it",
-    "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_DEFAULT_REGION to it",
     "ExpiredToken": "the credentials have expired; renew them",
+    "InvalidToken": "the session token is wrong; renew the credentials, or unset AWS_SESSION_TOKEN",
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
 }
+_REFUSED["403"] = _REFUSED["AccessDenied"]  # the answer to a HEAD has no body to say more in
+_OTHER_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ def s3_errors(url: str, *, writing: bool = False) -> Iterator[None]:
             raise RunError(f"{wanted}: {endpoint} is busy or broken ({code}); run it again later.") from None
         if writing and code == "AccessDenied":
             raise UsageError(f"{wanted}: {_MAY_NOT_WRITE}.") from None
+        if code in _OTHER_REGION:
+            raise UsageError(f"{wanted}: {_describe_region(error.response)}.") from None
         reason = _REFUSED.get(code, f"THE_SERVER refused it ({code}); check the address and the credentials")
         reason = reason.replace("THE_SERVER", endpoint)
         raise UsageError(f"{wanted}: {reason}.") from None
@@ -137,6 +140,15 @@ def s3_errors(url: str, *, writing: bool = False) -> Iterator[None]:
         raise UsageError(f"{wanted}: {endpoint} can't be reached ({name(error)}); check AWS_ENDPOINT_URL.") from None
     except failures.BotoCoreError as error:  # a credential source that fails, a damaged configuration, …
         raise UsageError(f"{wanted} can't be read ({name(error)}); check the AWS settings.") from None
+
+
+def _describe_region(response: dict) -> str:
+    """Where a bucket is, as far as S3 says so, and what to set."""
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region = headers.get("x-amz-bucket-region") or response.get("Error", {}).get("Region") or ""
+    if not re.fullmatch(r"[a-z0-9-]{1,40}", region):
+        return "the bucket is in another region; set AWS_DEFAULT_REGION to it"
+    return f"the bucket is in another region, {region}; set AWS_DEFAULT_REGION={region}"
 
 
 def read_object(client: Any, bucket: str, key: str, *, max_bytes: int) -> tuple[bytes, str] | None:
