@@ -11,7 +11,7 @@ from ..data.text.text_files import one_line
 from ..errors import RunError, UsageError
 from ..storage.copies import NUM_WORKERS, is_remote
 from ..storage.hub_address import is_on_hub
-from ..storage.names import ROOT_VARIABLE, address_of
+from ..storage.names import ROOT_VARIABLE, address_of, is_address
 from ..storage.release_manifest import Manifest
 from ..storage.s3 import shown
 from . import hub_storage
@@ -76,6 +76,13 @@ def add_arguments(actions: argparse._SubParsersAction, add: Callable[..., argpar
     action.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     action.add_argument("--older-than-h", type=float, default=24.0, metavar="H", help="leave alone what is younger: "
                         "it may be a push under way (default: 24 hours, at least 2)")  # fmt: skip
+
+    action = add(actions, "cost", "count what lies on S3 and, with your region's prices, say what it costs", _cost)
+    action.add_argument("name", nargs="?", default="", help=f"{_NAME_HELP}; a part of it takes all below it")
+    action.add_argument(
+        "--prices", type=Path, metavar="FILE", help="your region's prices, a file that --template begins"
+    )
+    action.add_argument("--template", action="store_true", help="print that file, to be filled in")
 
 
 def _add_transfer_arguments(action: argparse.ArgumentParser, *, only_reads: bool = False) -> None:
@@ -246,6 +253,29 @@ def _gc(args: argparse.Namespace) -> int:
             f"{len(garbage.unfinished)} unfinished uploads; left {garbage.num_young} that are younger than "
             f"{args.older_than_h:g} h"
         )
+    return 0
+
+
+def _cost(args: argparse.Namespace) -> int:
+    from ..storage.costs import TEMPLATE, count_holdings, read_prices, table
+
+    if args.template:
+        print(TEMPLATE, end="")
+        return 0
+    prices = read_prices(args.prices) if args.prices else None
+    address = address_of(args.name, partly=True)
+    if not is_remote(address):
+        raise UsageError(f"{one_line(address)} is no bucket, and a folder has no prices; write s3://bucket/….")
+    holdings = count_holdings(address, above="" if is_address(args.name) else args.name)
+    if not holdings:
+        print(f"nothing lies below {shown(address)}")
+        return 0
+    print("\n".join(table(holdings, prices)))
+    print("PUTs: the requests of sending all of it once, LISTs too; GETs: of fetching it. 1 GB is 2^30 bytes.")
+    if prices is None:
+        print("With prices: acestep-lora storage cost --template > prices.yaml, fill it in, and --prices prices.yaml")
+    elif prices.said:
+        print(f"Prices: {prices.said}")
     return 0
 
 

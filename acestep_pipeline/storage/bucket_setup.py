@@ -68,7 +68,7 @@ def set_up_bucket(address: str, *, dry_run: bool = False) -> list[str]:
             (
                 f"unfinished uploads go after {UNFINISHED_DAYS} days, deleted and overwritten versions after "
                 f"{OLD_VERSION_DAYS}; {', '.join(COLD_KINDS)} become STANDARD_IA after {COLD_DAYS}; "
-                f"{CHECKPOINTS_KIND} INTELLIGENT_TIERING, by which checkpoints that nobody reads become colder after 30 and 90",
+                f"{CHECKPOINTS_KIND} INTELLIGENT_TIERING, checkpoints that nobody reads being colder after 30",
                 lambda: _put_lifecycle(client, address),
             ),
         ]
