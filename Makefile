@@ -73,6 +73,9 @@ serverless-test: $(VENV)/.serverless
 # Each leaves its results in benchmarks/results and README.md. A run that was cut goes on where it was.
 bench bench-gpu: SUITE = $(if $(filter bench-gpu,$@),gpu,cpu)
 bench bench-gpu: setup
+ifneq ($(filter-out training generation,$(BENCH)),)
+	@echo "error: BENCH is training, generation or both, not $(BENCH)." >&2; exit 2
+endif
 ifneq ($(filter training,$(BENCH)),)
 	$(BIN)/python benchmarks/training_speed.py --suite $(SUITE) $(if $(STAGES),--stages $(STAGES))
 	$(BIN)/python benchmarks/training_table.py
