@@ -51,7 +51,13 @@ def test_help_of_a_script_imports_nothing_heavy(script):
     assert "acestep_pipeline" in modules and not modules & HEAVY
 
 
-@pytest.mark.parametrize("handler", ["runpod_handler", "modal_app", "lambda_handler"])
+_VENDORS = (pytest.mark.slow, pytest.mark.vendors)
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [pytest.param("runpod_handler", marks=_VENDORS), pytest.param("modal_app", marks=_VENDORS), "lambda_handler"],
+)
 def test_a_serverless_handler_imports_nothing_heavy_before_its_first_job(handler):
     modules = imported_by(f"import serverless.{handler}")
     # RunPod's own package may bring boto3.
