@@ -1,6 +1,6 @@
 # make train   set up, then train the embedded checkpoint on rendered clips (DATA=DIR: on your own music) and listen
 # make test    set up, then run the tests
-# make bench   how fast small models train and generate here; make bench-gpu: the real sizes (BENCH=training STAGES=xl: some)
+# make bench   how fast small models are here; make bench-gpu: the real sizes (BENCH=training STAGES=xl: some)
 # make style   format; make quality: check formatting and lint
 .DEFAULT_GOAL := help
 
@@ -11,7 +11,7 @@ MODEL ?= tiny
 DATA ?=
 OUTPUT ?= output/make-train
 STAGES ?=
-BENCH ?= $(if $(STAGES),training,training generation)
+BENCH ?=
 SKYPILOT ?= .venv-skypilot
 # Enough for the tiny checkpoint to move audibly; with a real one, use --preset c.
 TRAIN_FLAGS ?= --max_train_steps 200 --learning_rate 1e-3
@@ -70,20 +70,9 @@ $(VENV)/.serverless: requirements-serverless.txt $(VENV)/.installed
 serverless-test: $(VENV)/.serverless
 	SKYPILOT_PYTHON=$(abspath $(SKYPILOT)/bin/python) $(BIN)/python -m pytest -m vendors
 
-# Each leaves its results in benchmarks/results and README.md. A run that was cut goes on where it was.
-bench bench-gpu: SUITE = $(if $(filter bench-gpu,$@),gpu,cpu)
+# Results and tables are left in benchmarks/results, README.md and docs. A run that was cut goes on where it was.
 bench bench-gpu: setup
-ifneq ($(filter-out training generation,$(BENCH)),)
-	@echo "error: BENCH is training, generation or both, not $(BENCH)." >&2; exit 2
-endif
-ifneq ($(filter training,$(BENCH)),)
-	$(BIN)/python benchmarks/training_speed.py --suite $(SUITE) $(if $(STAGES),--stages $(STAGES))
-	$(BIN)/python benchmarks/training_table.py
-endif
-ifneq ($(filter generation,$(BENCH)),)
-	$(BIN)/python benchmarks/generate.py --suite $(SUITE)
-	$(BIN)/python benchmarks/generation_table.py
-endif
+	$(BIN)/python benchmarks/run.py --suite $(if $(filter bench-gpu,$@),gpu,cpu) $(if $(BENCH),--parts $(BENCH)) $(if $(STAGES),--stages $(STAGES))
 
 style: setup
 	$(BIN)/ruff check --fix .

@@ -127,6 +127,8 @@ def run_case(case: dict, device: torch.device, rates: dict[str, Gpu], updates: i
     use_masked_attention(model)
     quantize_base(model, case["quantization"], device=device)
     parameters = add_lora(model, LoraSettings(r=case["rank"], lora_dropout=case["dropout"]), seed=0)
+    for parameter in parameters:  # the upper matrices start as zeros, and zeros are no input to time
+        parameter.detach().normal_(std=0.02)
     with torch.device("meta"):
         plain = AceStepTransformer1DModel(**transformer_shape(case["model"]))
     adapter = inspect_adapter(model, dropout=case["dropout"])
@@ -155,8 +157,8 @@ def run_case(case: dict, device: torch.device, rates: dict[str, Gpu], updates: i
     )  # fmt: skip
     condition_mask = ConditionMask(model)
     width = condition_width(model)
-    silence = torch.zeros(1, 15000, 64, device=device)
-    null = torch.zeros(1, 1, width, device=device, dtype=dtype)
+    silence = torch.randn(1, 15000, 64, device=device)
+    null = torch.randn(1, 1, width, device=device, dtype=dtype)
 
     def update() -> None:
         for _ in range(case["accumulation"]):

@@ -50,5 +50,5 @@ def random_module(module: torch.nn.Module, *, device: torch.device, dtype: torch
         if buffer.is_floating_point():
             buffer.normal_(std=0.02)
     if rotary := getattr(module, "rotary_emb", None):  # a text encoder's frequencies are no weights
-        rotary.inv_freq, rotary.attention_scaling = rotary.compute_default_rope_parameters(module.config, device)
+        module.rotary_emb = type(rotary)(module.config).to(device)
     return module.eval()
