@@ -81,7 +81,7 @@ style: setup
 quality: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck docker/*.sh examples/*.sh serverless/*.sh
+	$(BIN)/shellcheck docker/*.sh examples/*.sh
 	$(BIN)/hadolint docker/Dockerfile.*
 
 # The image's files that are made of others, and the image itself, built and run without an engine (Debian, root).
