@@ -13,12 +13,13 @@ OUTPUT ?= output/make-train
 STAGES ?=
 BENCH ?=
 SKYPILOT ?= .venv-skypilot
+AUDIT = $(BIN)/python docker/audit.py docker/requirements.lock docker/requirements-cpu.lock
 # Enough for the tiny checkpoint to move audibly; with a real one, use --preset c.
 TRAIN_FLAGS ?= --max_train_steps 200 --learning_rate 1e-3
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $$(nproc)
 
-.PHONY: help setup train test test-slow test-gpu serverless-test bench bench-gpu style quality clean \
+.PHONY: help setup train test test-slow test-gpu serverless-test bench bench-gpu style quality audit clean \
 	image-variables image-locks image-test
 
 help:
@@ -83,6 +84,12 @@ quality: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck docker/*.sh examples/*.sh
 	$(BIN)/hadolint docker/Dockerfile.*
+	$(AUDIT)
+
+# The lock files' hashes, and what PyPI knows of vulnerabilities in what they pin.
+audit: setup
+	$(AUDIT)
+	$(BIN)/uvx pip-audit==2.10.1 --strict --disable-pip --require-hashes --requirement docker/requirements.lock
 
 # The image's files that are made of others, and the image itself, built and run without an engine (Debian, root).
 image-variables: setup

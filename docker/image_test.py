@@ -5,12 +5,14 @@ would use it: its entrypoint, user, volumes, health check. Some gigabytes and mi
 /var/tmp/acestep-image) is where, and is kept for the next time.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,9 @@ import pytest
 
 from acestep_pipeline.data.demo_music import render_demo_dataset
 from acestep_pipeline.tiny_checkpoint import tiny_checkpoint_path
+from tests.lambda_runtime import running_runtime
+from tests.runpod_queue import KEY as RUNPOD_KEY
+from tests.runpod_queue import running_queue
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path(os.environ.get("ACESTEP_IMAGE_DIR", "/var/tmp/acestep-image"))
@@ -29,6 +34,9 @@ VOLUMES = ("/model", "/data", "/output", "/lora-cfg", "/cache")
 FOREIGN_USER = "12345:12345"
 SHORT = {"NUM_GPUS": "0", "PRESET": "smoke", "RANK": "4", "ALPHA": "6", "SEED": "7", "MAX_DURATION_S": "2",
          "EXP_NAME": "night"}  # fmt: skip
+JOB_ARGUMENTS = {"preset": "smoke", "max_train_steps": 2, "max_duration_s": 2, "rank": 4, "mixed_precision": "no",
+                 "num_validation_samples": 0}  # fmt: skip
+RUNPOD = {"MODE": "runpod", "NUM_GPUS": "0"}
 FLAGS = ["--num_validation_samples", "0", "--lr_scheduler", "constant", "--lr_warmup_steps", "0"]
 
 
@@ -123,12 +131,14 @@ def file_hashes(container) -> dict[str, str]:
 
 
 def test_what_the_image_says_of_itself(container, config):
-    assert config["User"] == "10001:10001" and config["Entrypoint"] == ["tini", "--", "/opt/entrypoint.sh"]
+    image = json.loads(buildah("inspect", "--type", "image", IMAGE))
+    assert config["User"] == "10001:10001" and config["Entrypoint"] == ["tini", "-s", "--", "/opt/entrypoint.sh"]
     assert set(config["Volumes"]) == set(VOLUMES)
     assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert config["Healthcheck"]["Test"][:3] == ["CMD", "acestep-lora", "doctor"]
-    words = " ".join([*config["Env"], *config["Labels"].values()]).upper()
-    assert not any(secret in words for secret in ("TOKEN", "SECRET", "PASSWORD", "ACCESS_KEY"))
+    history = [step.get("created_by", "") for step in image["OCIv1"]["history"]]
+    words = " ".join([*config["Env"], *config["Labels"].values(), *history]).upper()
+    assert history and not any(secret in words for secret in ("TOKEN", "SECRET", "PASSWORD", "ACCESS_KEY", "PIP_"))
 
 
 def test_there_is_no_compiler_no_installer_and_a_list_of_what_there_is(container, config):
@@ -223,9 +233,82 @@ def test_sigterm_gives_143_and_the_same_command_resumes(container, config, volum
     assert f"{done} of 5000 updates are done." in (volumes / "log").read_text()
 
 
+def test_what_is_installed_is_what_the_lock_pins(container, config, tmp_path):
+    sbom = tmp_path / "sbom.json"
+    sbom.write_text(run(container, config, "cat", "/opt/sbom.cdx.json", entrypoint=False).stdout)
+    command = [sys.executable, ROOT / "docker" / "audit.py", ROOT / "docker" / "requirements-cpu.lock", "--sbom", sbom]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@contextlib.contextmanager
+def serving(container, config, volumes, environment: dict[str, str], *arguments):
+    """The image's entrypoint at work; what it printed is in `log`, and SIGTERM ends it."""
+    flags = [*mounts(volumes, "data", "model", "output", "cache"), "--user", FOREIGN_USER]
+    command = command_of(container, config, flags, arguments, environment)
+    with (volumes / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate() if child.name() == "tini" else None
+        process.wait(timeout=120)
+
+
+def test_mode_runpod_takes_jobs_of_runpods_queue(container, config, volumes):
+    job = {"task": "generate", "prompt": "piano", "duration_s": 1, "num_inference_steps": 2, "format": "ogg"}
+    training = {"task": "train", "name": "jazz", "data": ".", "arguments": JOB_ARGUMENTS}
+    with running_queue() as jobs, serving(container, config, volumes, jobs.environment | RUNPOD):
+        jobs.put("music", job)
+        assert jobs.wait(lambda: jobs.results.get("music"), 600)["output"][-1]["status"] == "done", jobs.results
+        jobs.put("training", training)
+        result = jobs.wait(lambda: jobs.results.get("training"), 600)["output"][-1]
+        assert result["status"] == "done" and result["update"] == 2, result
+    assert (volumes / "output" / "jazz" / "pytorch_lora_weights.safetensors").is_file()
+    assert RUNPOD_KEY not in (volumes / "log").read_text()
+
+
+def test_modes_dataset_and_generate_with_a_log_of_json(container, config, volumes):
+    flags = [*mounts(volumes, "data", "model", "output", "cache"), "--user", FOREIGN_USER]
+    result = run(container, config, flags=flags, MODE="dataset", LOG_FORMAT="json")
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert all(
+        {"time", "stream", "level", "message"} == json.loads(line).keys() for line in result.stdout.splitlines()
+    )
+    assert (volumes / "output" / "dataset" / "report.html").is_file()
+    arguments = ["--prompt", "piano", "--duration", "1", "--num_inference_steps", "2", "--output", "night.wav"]
+    result = run(container, config, *arguments, flags=flags, MODE="generate")
+    assert result.returncode == 0 and (volumes / "output" / "night.wav").is_file(), result.stdout[-5000:]
+
+
+def test_mode_lambda_answers_and_writes_below_tmp_alone(container, config, volumes):
+    for name in ("output", "cache"):
+        (volumes / name).chmod(0o755)  # on Lambda nobody may write there
+    job = {"task": "validate_dataset", "data": "."}
+    with running_runtime() as runtime:
+        environment = {"MODE": "lambda", "AWS_LAMBDA_RUNTIME_API": runtime.address}
+        with serving(container, config, volumes, environment):
+            result = runtime.invoke(job)
+            refused = runtime.invoke(job | {"data": "/etc"})
+    assert result["status"] == "done" and result["tracks"] == 4, result
+    assert {file["file"] for file in result["results"]["files"]} == {"dataset_card.md", "report.html", "report.json"}
+    assert refused["status"] == "refused" and "lies outside /data" in refused["error"]
+
+
+def test_modal_finds_python_and_the_package_and_the_entrypoint_is_not_needed(container, config):
+    """Its functions are started by Modal's own program, as root, with `python` of the PATH."""
+    code = "import acestep_pipeline.jobs.worker as w, train_ace_step_lora, sys; w.Worker(); print(sys.executable)"
+    result = run(container, config, "python", "-c", code, flags=["--user", "0:0"], entrypoint=False)
+    assert result.stdout == "/opt/venv/bin/python\n", result.stdout
+
+
 @pytest.mark.parametrize(
     ("names", "environment", "said"),
     [
+        (("output",), {"MODE": "runpod", "NUM_GPUS": ""}, "error: no GPU can be used: there is no /dev/nvidiactl"),
+        (("output",), {"MODE": "lambda"}, "error: MODE=lambda runs in AWS Lambda"),
         (("data",), {"EPOCH": "1"}, "error: EPOCH is not read; did you mean EPOCHS?"),
         (("output",), {}, "error: /data is empty: mount a folder of music"),
         (("data", "output"), {"NUM_GPUS": ""}, "error: no GPU can be used: "),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the image on this host:   DATA=my_music ./docker/train.sh [ARGUMENT ...]
 #
-#   MODE=train       (the default) smoke, generate, dataset or shell
+#   MODE=train       (the default) smoke, generate, dataset, runpod, lambda or shell
 #   DATA, MODEL      folders of music and of the base model, read-only, or an address and a Hub id (./data if it is there;
 #                    the published model)
 #   OUTPUT           folder for results (./output)
@@ -41,6 +41,10 @@ VARIABLES=(
     RESUME
     REPORT_TO
     PUSH_TO_S3
+    PUSH_TO_HUB
+    HUB_MODEL_ID
+    HUB_PRIVATE_REPO
+    HUB_TAG
     MODE
     NUM_GPUS
     LOG_FORMAT
@@ -49,6 +53,10 @@ VARIABLES=(
     ACESTEP_CACHE_DIR
     ACESTEP_S3_ROOT
     ACESTEP_DEBUG
+    ACESTEP_JOBS_DATA
+    ACESTEP_JOBS_MODEL
+    ACESTEP_JOBS_OUTPUT
+    ACESTEP_ADAPTERS
     AWS_ENDPOINT_URL
     AWS_ACCESS_KEY_ID
     AWS_SECRET_ACCESS_KEY

@@ -1,8 +1,7 @@
 """An AWS Lambda handler for what fits there: examining a dataset, converting and describing adapters.
 
-In the image: `python -m awslambdaric serverless.lambda_handler.handler`, with `ACESTEP_JOBS_OUTPUT` and
-`ACESTEP_CACHE_DIR` below /tmp, the only folder that Lambda lets be written. The event is a job of
-`acestep_pipeline/jobs/schema.py`, or an API Gateway or function URL request with one as its body.
+In the image: `MODE=lambda`. What is written lies below /tmp, the only folder that Lambda lets be written. The event is
+a job of `acestep_pipeline/jobs/schema.py`, or an API Gateway or function URL request with one as its body.
 """
 
 import base64

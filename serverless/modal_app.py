@@ -5,9 +5,10 @@
     music = modal.Cls.from_name("acestep-lora", "Music")()
     for event in music.generate.remote_gen({"task": "generate", "prompt": "blues", "adapters": {"jazz": 1.0}}): ...
 
-Jobs are those of `acestep_pipeline/jobs/schema.py`. GPUs are named by ACESTEP_MODAL_TRAIN_GPU (H100) and
-ACESTEP_MODAL_GENERATE_GPU (L40S) when it is deployed; credentials are in the secret `acestep-lora`
-(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ACESTEP_S3_ROOT, HF_TOKEN, …). Runs lie in the volume `acestep-lora-output`.
+Jobs are those of `acestep_pipeline/jobs/schema.py`. Where it is deployed from, ACESTEP_MODAL_IMAGE names the container
+image in its registry (ACESTEP_MODAL_REGISTRY: Modal's secret that opens it), ACESTEP_MODAL_TRAIN_GPU (H100) and
+ACESTEP_MODAL_GENERATE_GPU (L40S) the GPUs. Credentials are in the secret `acestep-lora` (AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, ACESTEP_S3_ROOT, HF_TOKEN, …). Runs lie in the volume `acestep-lora-output`.
 """
 
 import json
@@ -22,7 +23,6 @@ from acestep_pipeline.jobs.gpu_names import check_gpu
 from acestep_pipeline.jobs.results import without_links
 from acestep_pipeline.jobs.worker import Worker, sentence
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAIN_GPU = check_gpu("modal", os.environ.get("ACESTEP_MODAL_TRAIN_GPU") or "H100")
 GENERATE_GPU = check_gpu("modal", os.environ.get("ACESTEP_MODAL_GENERATE_GPU") or "L40S")
 # Modal ends a function after a day at the latest. A training stops before that, with a checkpoint, and the next try
@@ -31,13 +31,23 @@ TIMEOUT_S, MARGIN_S, TRIES = 24 * 3600, 900, 10
 # How often what a training has written so far is made to outlive its machine.
 COMMIT_INTERVAL_S = 120
 
-image = (
-    modal.Image.debian_slim("3.11")
-    .pip_install_from_requirements(str(ROOT / "requirements.txt"))
-    .pip_install("pydantic>=2.11", "boto3>=1.44")
-    .env({"HF_HOME": "/cache/huggingface", "ACESTEP_CACHE_DIR": "/cache/acestep-lora"})
-    .add_local_python_source("acestep_pipeline", "train_ace_step_lora")
-)
+
+def container_image() -> modal.Image:
+    """The project's own image as it is: Modal starts functions in it itself, and brings its client along.
+
+    Raises:
+        UsageError: it is not said where it lies.
+    """
+    address = os.environ.get("ACESTEP_MODAL_IMAGE")
+    if not address and modal.is_local():
+        raise UsageError("ACESTEP_MODAL_IMAGE must name the image in its registry, such as ghcr.io/me/acestep-lora:1.")
+    secret = os.environ.get("ACESTEP_MODAL_REGISTRY")
+    opens = modal.Secret.from_name(secret) if secret else None
+    # On Modal this module is imported again, where the image is chosen already.
+    return modal.Image.from_registry(address or "chosen", secret=opens).entrypoint([])
+
+
+image = container_image()
 output = modal.Volume.from_name("acestep-lora-output", create_if_missing=True)
 cache = modal.Volume.from_name("acestep-lora-cache", create_if_missing=True)
 options = {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A RunPod serverless worker: `python serverless/runpod_handler.py` in the image.
+"""A RunPod serverless worker: `MODE=runpod` of the image.
 
 Try it without RunPod: `--test_input '{"input": {"task": "generate", "prompt": "lo-fi"}}'`, or `--rp_serve_api`.
 Jobs are those of `acestep_pipeline/jobs/schema.py`. `/stream` tells how one goes; its last item is the result.

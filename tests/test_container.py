@@ -1,10 +1,12 @@
 """The image's entrypoint, run as it is but for the folders: one table, refusals, modes, the host script."""
 
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,8 @@ VALUES = {"PRESET": "loo", "EXP_NAME": "night", "EPOCHS": "7", "MAX_TRAIN_STEPS"
           "BATCH_SIZE": "2", "GRAD_ACCUM": "3", "GRAD_CLIP": "0.25", "RANK": "8", "ALPHA": "24.0", "DROPOUT": "0.2",
           "OPTIMIZER": "prodigy", "MIXED_PRECISION": "no", "MAX_DURATION_S": "33.0", "TRIGGER_WORD": "zxq",
           "VARIANT_DIR": "acestep-v15-sft", "VALIDATION_FRACTION": "0.1", "SEED": "5", "EVERY_N_TRAIN_STEPS": "11",
-          "RESUME": "checkpoint-3", "REPORT_TO": "tensorboard", "PUSH_TO_S3": "night"}  # fmt: skip
+          "RESUME": "checkpoint-3", "REPORT_TO": "tensorboard", "PUSH_TO_S3": "night",
+          "PUSH_TO_HUB": "yes", "HUB_MODEL_ID": "me/night", "HUB_PRIVATE_REPO": "yes", "HUB_TAG": "v1"}  # fmt: skip
 
 
 @pytest.fixture
@@ -45,7 +48,8 @@ def test_every_training_variable_sets_its_argument(folders):
     args = train_args(environment, folders)
     for variable in variables.TRAINING:
         if variable.name != "LORA_CONFIG":
-            assert str(getattr(args, variable.flag)) == environment[variable.name], variable
+            becomes = {"yes": "True"}.get(environment[variable.name], environment[variable.name])
+            assert str(getattr(args, variable.flag)) == becomes, variable
     assert args.lora_config == str(folders.lora_config / "wide.json")
     assert args.output_dir == str(folders.output / "night") and args.train_data_dir == str(folders.data)
 
@@ -63,6 +67,18 @@ def test_without_variables_it_is_recipe_c_and_a_restart_resumes(folders):
         train_args({}, folders)
     with pytest.raises(UsageError, match="EXP_NAME=../x must be a plain name"):
         train_args({"EXP_NAME": "../x", "LORA_CONFIG": "only.json"}, folders)
+
+
+def test_the_hub_is_published_to_by_variables_and_its_token_stays_in_the_environment(folders):
+    environment = PLAIN | {"PUSH_TO_HUB": "yes", "HUB_MODEL_ID": "me/night", "HF_TOKEN": "hf_hush"}
+    command = choose_command(environment, folders=folders)
+    assert "--push_to_hub" in command.arguments and command.environment["HF_TOKEN"] == "hf_hush"
+    assert not any("hf_hush" in argument for argument in command.arguments)
+    smoke = choose_command(environment | {"MODE": "smoke"}, folders=folders)
+    assert not any(argument.startswith(("--push", "--hub")) for argument in smoke.arguments)
+    off = train_args({"PUSH_TO_HUB": "no"}, folders, "--push_to_hub")
+    assert off.push_to_hub, "an argument of the command wins"
+    assert refusal({"PUSH_TO_HUB": "true"}, folders) == "PUSH_TO_HUB must be yes or no, not 'true'."
 
 
 def test_help_and_the_host_script_have_the_table():
@@ -87,6 +103,7 @@ def test_help_and_the_host_script_have_the_table():
         ("WEIGHTING_SCHEME", "add --weighting_scheme VALUE to the command instead"),
         ("ACESTEP_MODLE", "did you mean ACESTEP_MODEL?"),
         ("ACESTEP_WHATEVER", "ACESTEP_WHATEVER is not read (known: ACESTEP_MODEL, "),
+        ("ACESTEP_JOB_OUTPUT", "did you mean ACESTEP_JOBS_OUTPUT?"),
     ],
 )
 def test_a_misspelt_variable_is_an_error(folders, name, said):
@@ -135,7 +152,7 @@ def refusal(environment, folders, *extra):
 def test_what_cannot_work_is_refused_in_a_sentence(folders, tmp_path):
     assert (
         refusal({"MODE": "trian"}, folders)
-        == "MODE must be one of train, smoke, generate, dataset, shell, not 'trian'."
+        == "MODE must be one of train, smoke, generate, dataset, runpod, lambda, shell, not 'trian'."
     )
     assert "LOG_FORMAT must be plain or json" in refusal({"LOG_FORMAT": "xml"}, folders)
     assert "NUM_GPUS must be a number of GPUs" in refusal({"NUM_GPUS": "all"}, folders)
@@ -189,6 +206,31 @@ def test_modes_of_the_command_line_tool(folders, capsys):
     ]  # fmt: skip
 
 
+def test_modes_of_the_serverless_vendors(folders, tmp_path, capsys):
+    handlers = ROOT / "serverless"
+    command = choose_command(PLAIN | {"MODE": "runpod", "RANK": "8"}, ["--rp_serve_api"], folders=folders)
+    assert command.arguments[1:] == [str(handlers / "runpod_handler.py"), "--rp_serve_api"]
+    assert "warning: RANK does nothing with MODE=runpod." in capsys.readouterr().err
+    assert command.environment["CUDA_VISIBLE_DEVICES"] == "", "NUM_GPUS is 0"
+    assert checks.wants_gpu({}, devices=[tmp_path / "none", tmp_path])
+    with pytest.raises(RunError, match=f"no GPU can be used: there is no {tmp_path}/none; .* or set NUM_GPUS=0"):
+        checks.wants_gpu({}, devices=[tmp_path / "none"])
+    assert Path(command.arguments[1]).is_file() and (handlers / "lambda_handler.py").is_file()
+    (tmp_path / "file").write_text("")
+    assert "can't be written" in refusal({"MODE": "runpod", "ACESTEP_JOBS_OUTPUT": f"{tmp_path}/file"}, folders)
+
+    cache = {"HOME": str(folders.cache), "ACESTEP_CACHE_DIR": f"{folders.cache}/acestep-lora", "X": "/cached"}
+    settings = PLAIN | cache | {"MODE": "lambda", "AWS_LAMBDA_RUNTIME_API": "127.0.0.1:9001"}
+    unwritable = Folders(folders.data, tmp_path / "file", folders.lora_config)
+    command = choose_command(settings, folders=unwritable)
+    assert command.arguments[1:] == ["-m", "awslambdaric", "lambda_handler.handler"] and command.directory == handlers
+    temporary = tempfile.gettempdir()
+    moved = {"HOME": f"{temporary}/cache", "ACESTEP_CACHE_DIR": f"{temporary}/cache/acestep-lora", "X": "/cached"}
+    assert {name: command.environment[name] for name in moved} == moved
+    assert "takes no arguments; leave out x.handler" in refusal(settings, folders, "x.handler")
+    assert "runs in AWS Lambda, which sets AWS_LAMBDA_RUNTIME_API" in refusal({"MODE": "lambda"}, folders)
+
+
 def host_script(tmp_path, *extra, **environment):
     """`train.sh` in an empty folder, with `echo` in the engine's place: what it would run."""
     settings = {"PATH": os.environ["PATH"], "ENGINE": "echo"} | {
@@ -231,16 +273,62 @@ def test_the_linters_have_nothing_to_say():
         assert result.returncode == 0, result.stdout
 
 
+AUDIT = DOCKER / "audit.py"
+LOCKS = (DOCKER / "requirements.lock", DOCKER / "requirements-cpu.lock")
+
+
 def test_the_image_has_what_the_requirements_pin():
-    """The locks are of the present requirements, every package with hashes, the CPU's without CUDA."""
-    pinned = set(re.findall(r"^([\w.-]+==[\w.]+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE))
-    pinned = {line.lower().replace("_", "-") for line in pinned}
-    for name, local in (("requirements.lock", ""), ("requirements-cpu.lock", "+cpu")):
-        text = (DOCKER / name).read_text()
-        packages = re.findall(
-            r"^([\w.+-]+==[\w.+]+)[^\n]*(\n    --hash=sha256:[0-9a-f]{64})?", text, flags=re.MULTILINE
-        )
-        assert all(hashed for _, hashed in packages), name
-        locked = {package.removesuffix(local) for package, _ in packages}
-        assert pinned <= locked, f"run `make image-locks`: {pinned - locked} are not in {name}"
-        assert any(package.startswith("nvidia-") for package in locked) == (not local)
+    """The locks are of the present requirements, the CPU's without CUDA."""
+    read_lock = runpy.run_path(str(AUDIT))["read_lock"]
+    pinned = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+    for lock, local in zip(LOCKS, ("", "+cpu"), strict=True):
+        versions, _ = read_lock(lock)
+        missing = [
+            name
+            for name, version in pinned
+            if not versions[name.lower().replace("_", "-")] & {version, f"{version}{local}"}
+        ]
+        assert not missing, f"run `make image-locks`: {missing} are not in {lock}"
+        assert {"boto3", "pydantic", "runpod", "awslambdaric"} <= versions.keys()
+        assert any(name.startswith("nvidia-") for name in versions) == (not local)
+
+
+def audit(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, AUDIT, *arguments], capture_output=True, text=True)
+
+
+def test_an_audit_passes_locks_with_hashes_and_images_of_what_they_pin(tmp_path):
+    sbom = tmp_path / "sbom.json"
+    sbom.write_text(json.dumps({"components": [component("numpy", "2.4.6"), component("ace-step-lora", "9")]}))
+    result = audit(*LOCKS, "--sbom", sbom)
+    assert result.returncode == 0 and "each pinned with the hashes" in result.stdout, result.stderr
+    sbom.write_text(json.dumps({"components": [component("numpy", "2.4.5"), component("evil", "1")]}))
+    result = audit(*LOCKS, "--sbom", sbom)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        f"error: {sbom}: evil 1 is installed; locked: none.",
+        f"error: {sbom}: numpy 2.4.5 is installed; locked: 2.4.6.",
+    ]
+    assert audit(tmp_path / "no.lock").stderr.endswith("no.lock is no file.\n")
+
+
+def component(name: str, version: str) -> dict:
+    return {"name": name, "version": version, "purl": f"pkg:pypi/{name}@{version}"}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("a>=2 --hash=sha256:" + 64 * "0", "a is not pinned with ==."),
+        ("a==2.* --hash=sha256:" + 64 * "0", "a is not pinned with ==."),
+        ("a @ https://example.com/a.whl --hash=sha256:" + 64 * "0", "a is not pinned with ==."),
+        ("a==2", "a has no SHA-256 of its files."),
+        ("a==2 --hash=md5:00", "a has no SHA-256 of its files."),
+        ("--extra-index-url https://example.com", "'--extra-index-url https://example.com' is no requirement"),
+        ("# nothing", "pins nothing."),
+    ],
+)
+def test_an_audit_refuses_what_pins_no_files(line, said, tmp_path):
+    (tmp_path / "x.lock").write_text(f"{line}\n")
+    problems = runpy.run_path(str(AUDIT))["read_lock"](tmp_path / "x.lock")[1]
+    assert len(problems) == 1 and said in problems[0]

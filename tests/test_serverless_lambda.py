@@ -1,4 +1,4 @@
-"""serverless/lambda_handler.py in AWS's runtime client, against a Runtime API on loopback: `make serverless-test`."""
+"""MODE=lambda, AWS's runtime client with our handler, against a Runtime API on loopback: `make serverless-test`."""
 
 import base64
 import json
@@ -21,11 +21,10 @@ def function(s3_folder, adapter_dir, tmp_path):
     """The function, running as in its container; yields what invokes it. Its log is log.txt."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACESTEP_")}
     environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "ACESTEP_S3_ROOT": s3_folder.url}
-    environment |= {"ACESTEP_JOBS_DATA": str(adapter_dir.parent)}
+    environment |= {"ACESTEP_JOBS_DATA": str(adapter_dir.parent), "MODE": "lambda"}
     with running_runtime() as runtime, (tmp_path / "log.txt").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "awslambdaric", "serverless.lambda_handler.handler"],
-            cwd=ROOT,
+            [sys.executable, "-m", "acestep_pipeline.container"],
             env=environment | {"AWS_LAMBDA_RUNTIME_API": runtime.address},
             stdout=log,
             stderr=log,

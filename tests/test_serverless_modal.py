@@ -1,6 +1,7 @@
 """serverless/modal_app.py without Modal: imported, and its functions called here: `make serverless-test`."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from tests.test_serverless_jobs import ARGUMENTS, GENERATE
 
 pytestmark = [pytest.mark.slow, pytest.mark.vendors]
 ROOT = Path(__file__).resolve().parents[1]
+IMAGE = "registry.example/me/acestep-lora:1"
 
 
 @pytest.fixture
@@ -18,6 +20,7 @@ def modal_app(demo_dir, adapter_dir, tmp_path, monkeypatch):
     """The app, with folders of the test's own."""
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "loud").symlink_to(adapter_dir)
+    monkeypatch.setenv("ACESTEP_MODAL_IMAGE", IMAGE)
     monkeypatch.setenv("ACESTEP_MODEL", "tiny")
     monkeypatch.setenv("ACESTEP_JOBS_DATA", str(demo_dir))
     monkeypatch.setenv("ACESTEP_JOBS_OUTPUT", str(tmp_path / "output"))
@@ -60,15 +63,20 @@ def test_what_is_deployed_has_its_gpu_and_its_volumes(modal_app):
     assert deployed.gpus == "H100" and deployed.volumes.keys() == {"/output", "/cache"}
 
 
-def test_a_misspelt_gpu_is_refused_before_anything_is_deployed(monkeypatch):
-    import os
-
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ACESTEP_MODAL_IMAGE": IMAGE, "ACESTEP_MODAL_TRAIN_GPU": "H1OO"}, "did you mean H100?"),
+        ({"ACESTEP_MODAL_IMAGE": ""}, "ACESTEP_MODAL_IMAGE must name the image in its registry"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_deployed(settings, said):
     result = subprocess.run(
         [sys.executable, "-c", "import serverless.modal_app"],
         cwd=ROOT,
-        env=os.environ | {"ACESTEP_MODAL_TRAIN_GPU": "H1OO", "PYTHONPATH": str(ROOT)},
+        env=os.environ | settings | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert result.returncode != 0 and "did you mean H100?" in result.stderr
+    assert result.returncode != 0 and said in result.stderr

@@ -1,4 +1,4 @@
-"""serverless/runpod_handler.py in RunPod's own worker, against a queue on loopback: `make serverless-test`."""
+"""MODE=runpod, RunPod's own worker with our handler, against a queue on loopback: `make serverless-test`."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.test_serverless_jobs import ARGUMENTS, GENERATE, trainings
 
 pytestmark = [pytest.mark.slow, pytest.mark.vendors]
 ROOT = Path(__file__).resolve().parents[1]
-HANDLER = ROOT / "serverless" / "runpod_handler.py"
+ENTRYPOINT = (sys.executable, "-m", "acestep_pipeline.container")
 
 
 @pytest.fixture
@@ -29,6 +29,8 @@ def environment(s3_folder, demo_dir, adapter_dir, tmp_path) -> dict[str, str]:
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_")},
         "PYTHONPATH": str(ROOT),
+        "MODE": "runpod",
+        "NUM_GPUS": "0",
         "ACESTEP_MODEL": "tiny",
         "ACESTEP_JOBS_DATA": str(demo_dir),
         "ACESTEP_JOBS_OUTPUT": str(tmp_path / "output"),
@@ -40,7 +42,7 @@ def environment(s3_folder, demo_dir, adapter_dir, tmp_path) -> dict[str, str]:
 @contextmanager
 def running_worker(environment: dict[str, str], log: Path):
     with log.open("wb") as file:
-        process = subprocess.Popen([sys.executable, HANDLER], env=environment, stdout=file, stderr=file)
+        process = subprocess.Popen(ENTRYPOINT, env=environment, stdout=file, stderr=file)
     try:
         yield process
     finally:
@@ -109,7 +111,7 @@ def test_a_training_from_the_queue_ends_with_links(environment, s3_folder, tmp_p
 
 def test_test_input_does_one_job_and_writes_no_link(environment, s3_folder):
     def run(job: dict, *more: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, HANDLER, "--test_input", json.dumps({"input": job}), *more]
+        command = [*ENTRYPOINT, "--test_input", json.dumps({"input": job}), *more]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     done = run(GENERATE | {"upload": f"{s3_folder.url}/results/x"})
@@ -127,7 +129,7 @@ def test_the_local_api_answers(environment, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, HANDLER, "--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"]
+    command = [*ENTRYPOINT, "--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"]
     with (tmp_path / "log.txt").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:

@@ -1,7 +1,7 @@
 """What the entrypoint refuses before anything is downloaded or loaded: one sentence each, with the fix."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import RunError, UsageError
@@ -10,6 +10,8 @@ from ..paths import GIB, free_space_bytes, holds_something, probe_writable
 SHARED_MEMORY = Path("/dev/shm")
 # NCCL's buffers between two GPUs; Docker's default, 64 MiB, is too little from two GPUs on.
 SHARED_MEMORY_BYTES = 128 * 1024**2
+# NVIDIA's driver on Linux, and under WSL.
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 
 def check_output(folder: Path) -> None:
@@ -84,6 +86,23 @@ def choose_num_processes(environment: Mapping[str, str]) -> int:
     if wanted is not None and int(wanted) > found:
         raise RunError(f"NUM_GPUS={wanted}, but there are {found}; lower it, or give the container more (--gpus all).")
     return int(wanted or found)
+
+
+def wants_gpu(environment: Mapping[str, str], *, devices: Sequence[Path] = GPU_DEVICES) -> bool:
+    """Whether a worker is to use the GPU: unless `NUM_GPUS` is 0. Looks for the driver's device and imports no torch,
+    which a worker that starts cold has no time for.
+
+    Raises:
+        RunError: it is, and there is none.
+    """
+    if environment.get("NUM_GPUS") == "0":
+        return False
+    if not any(device.exists() for device in devices):
+        raise RunError(
+            f"no GPU can be used: there is no {devices[0]}; start the worker on a machine with an NVIDIA GPU (docker: "
+            "--gpus all), or set NUM_GPUS=0 to work on the CPU."
+        )
+    return True
 
 
 def choose_lora_config(folder: Path, named: str | None) -> str | None:

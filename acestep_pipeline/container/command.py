@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ from ..errors import UsageError
 from . import checks
 from .variables import HOST_NAMES, TRAINING, check_names, training_flags, without_training
 
-MODES = ("train", "smoke", "generate", "dataset", "shell")
+MODES = ("train", "smoke", "generate", "dataset", "runpod", "lambda", "shell")
 # Beside the package, in a checkout and installed alike.
 SCRIPT = Path(__file__).resolve().parents[2] / "train_ace_step_lora.py"
+HANDLERS = SCRIPT.parent / "serverless"
 DEFAULT_PRESET = "c"
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Folders:
     data: Path = Path("/data")
     output: Path = Path("/output")
     lora_config: Path = Path("/lora-cfg")
+    cache: Path = Path("/cache")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ def choose_command(
     """Check what can be checked at once, and choose the command. `extra` arguments come last, and so win.
 
     Raises:
-        UsageError: a variable is misspelt, a mode unknown, `/output` or `/data` unusable.
+        UsageError: a variable is misspelt, a mode unknown, `/output` or `/data` unusable, or this is no AWS Lambda.
         RunError: no GPU, or too little shared memory.
     """
     folders = folders or Folders()
@@ -57,6 +61,15 @@ def choose_command(
     inner.pop(HOST_NAMES, None)
     if mode == "shell":
         return Command([inner.get("SHELL") or "/bin/sh", *extra], inner, Path.cwd())
+    if mode not in ("train", "smoke"):
+        _warn_of_training_variables(mode, environment)
+    if mode == "lambda":
+        return _lambda_command(inner, extra, folders)
+    if mode == "runpod":
+        checks.check_output(Path(environment.get("ACESTEP_JOBS_OUTPUT") or folders.output))
+        if not checks.wants_gpu(environment):
+            inner |= ON_CPU
+        return Command([sys.executable, str(HANDLERS / "runpod_handler.py"), *extra], inner, HANDLERS)
     checks.check_output(folders.output)
     if mode in ("generate", "dataset"):
         return Command(_other_arguments(mode, environment, extra, folders), inner, folders.output)
@@ -65,7 +78,7 @@ def choose_command(
     num_processes = checks.choose_num_processes(environment)
     checks.check_shared_memory(num_processes)
     if num_processes == 0:
-        inner["CUDA_VISIBLE_DEVICES"], inner["ACCELERATE_USE_CPU"] = "", "true"
+        inner |= ON_CPU
     if mode == "smoke":
         arguments = [sys.executable, "-m", "acestep_pipeline.container.smoke"]
         arguments += [str(num_processes), *smoke_arguments(environment, extra, folders)]
@@ -104,16 +117,37 @@ def train_arguments(environment: Mapping[str, str], extra: Sequence[str], folder
 def smoke_arguments(environment: Mapping[str, str], extra: Sequence[str], folders: Folders) -> list[str]:
     """The smoke test's arguments: its output folder and data, and what the training gets beside its own settings."""
     own = ("PRESET", "EXP_NAME", "EPOCHS", "MAX_TRAIN_STEPS", "EVERY_N_TRAIN_STEPS", "RESUME", "LORA_CONFIG")
+    own += ("PUSH_TO_S3", "PUSH_TO_HUB", "HUB_MODEL_ID", "HUB_PRIVATE_REPO", "HUB_TAG")  # five updates are no release
     config = checks.choose_lora_config(folders.lora_config, environment.get("LORA_CONFIG"))
     flags = ["--lora_config", config] if config else []
     data = environment.get("ACESTEP_DATA") or str(folders.data)
     return [str(folders.output), data, *flags, *training_flags(environment, without=own), *extra]
 
 
-def _other_arguments(mode: str, environment: Mapping[str, str], extra: Sequence[str], folders: Folders) -> list[str]:
+def _warn_of_training_variables(mode: str, environment: Mapping[str, str]) -> None:
     for variable in TRAINING:
         if environment.get(variable.name):
             print(f"warning: {variable.name} does nothing with MODE={mode}.", file=sys.stderr, flush=True)
+
+
+def _lambda_command(environment: dict[str, str], extra: Sequence[str], folders: Folders) -> Command:
+    """AWS's runtime client with our handler. Lambda lets nothing be written but /tmp: what the image keeps in its
+    cache volume goes there."""
+    if not environment.get("AWS_LAMBDA_RUNTIME_API"):
+        raise UsageError(
+            "MODE=lambda runs in AWS Lambda, which sets AWS_LAMBDA_RUNTIME_API; choose another mode here."
+        )
+    if extra:
+        raise UsageError(f"MODE=lambda takes no arguments; leave out {' '.join(extra)} (the function's CMD).")
+    moved = Path(tempfile.gettempdir(), "cache")
+    for name, value in environment.items():
+        if Path(value).is_relative_to(folders.cache):
+            environment[name] = str(moved / Path(value).relative_to(folders.cache))
+    arguments = [sys.executable, "-m", "awslambdaric", "lambda_handler.handler"]
+    return Command(arguments, environment, HANDLERS)
+
+
+def _other_arguments(mode: str, environment: Mapping[str, str], extra: Sequence[str], folders: Folders) -> list[str]:
     command = [sys.executable, "-m", "acestep_pipeline.cli"]
     if mode == "generate":
         return [*command, "generate", *extra]

@@ -16,11 +16,12 @@ ALIKE = 0.8
 @dataclass(frozen=True)
 class Variable:
     """An environment variable. `flag` is the training script's argument that it sets, without dashes; None: whoever
-    `help` names reads it."""
+    `help` names reads it. A switch is yes or no, and becomes the argument or its `--no-` form."""
 
     name: str
     help: str
     flag: str | None = None
+    is_switch: bool = False
 
 
 # What the entrypoint turns into arguments of the training script. `RANK` is also the name of a process's number in a
@@ -49,9 +50,13 @@ TRAINING = (
     Variable("RESUME", "latest, a checkpoint's folder, or no (latest)", "resume_from_checkpoint"),
     Variable("REPORT_TO", "tracker", "report_to"),
     Variable("PUSH_TO_S3", "publish there: a name below ACESTEP_S3_ROOT, or s3://…", "push_to_s3"),
+    Variable("PUSH_TO_HUB", "yes: publish on the Hub at the end, with HF_TOKEN (no)", "push_to_hub", is_switch=True),
+    Variable("HUB_MODEL_ID", "where there: user/name (EXP_NAME, yours)", "hub_model_id"),
+    Variable("HUB_PRIVATE_REPO", "yes: make that repository private (no)", "hub_private_repo", is_switch=True),
+    Variable("HUB_TAG", "tag of the commit", "hub_tag"),
 )
 CONTAINER = (
-    Variable("MODE", "train, smoke, generate, dataset or shell (train)"),
+    Variable("MODE", "train, smoke, generate, dataset, runpod, lambda or shell (train)"),
     Variable("NUM_GPUS", "GPUs to train on (all that are there); 0: the CPU"),
     Variable("LOG_FORMAT", "plain, or json: one object a line (plain)"),
 )
@@ -62,12 +67,17 @@ PROJECT = (
     Variable("ACESTEP_S3_ROOT", "root of the S3 layout, e.g. s3://bucket"),
     Variable("ACESTEP_DEBUG", "1: tracebacks"),
 )
-# Read by the handlers in serverless/ alone (docs/serverless.md): known, but nothing that the host script passes on.
-SERVERLESS = (
-    Variable("ACESTEP_JOBS_DATA", "folder that jobs may name for music"),
-    Variable("ACESTEP_JOBS_MODEL", "folder that jobs may name for models"),
-    Variable("ACESTEP_JOBS_OUTPUT", "folder that jobs write to"),
-    Variable("ACESTEP_ADAPTERS", "library of adapters"),
+# Read by the handlers in serverless/.
+JOBS = (
+    Variable("ACESTEP_JOBS_DATA", "folder that jobs may name for music (/data)"),
+    Variable("ACESTEP_JOBS_MODEL", "folder that jobs may name for models (/model)"),
+    Variable("ACESTEP_JOBS_OUTPUT", "folder that jobs write to (/output; with MODE=lambda below /tmp)"),
+    Variable("ACESTEP_ADAPTERS", "library of adapters (lora below ACESTEP_S3_ROOT, else the output folder)"),
+)
+# Read where Modal's app is deployed from, and by nothing in the image.
+DEPLOYMENT = (
+    Variable("ACESTEP_MODAL_IMAGE", "the image in a registry"),
+    Variable("ACESTEP_MODAL_REGISTRY", "Modal's secret with the registry's credentials"),
     Variable("ACESTEP_MODAL_TRAIN_GPU", "Modal's GPU for training"),
     Variable("ACESTEP_MODAL_GENERATE_GPU", "Modal's GPU for generating"),
 )
@@ -79,16 +89,16 @@ LIBRARIES = (
     Variable("AWS_SESSION_TOKEN", "S3 credentials"),
     Variable("AWS_REGION", "S3 region"),
     Variable("AWS_DEFAULT_REGION", "S3 region"),
-    Variable("HF_TOKEN", "private models on the Hub"),
+    Variable("HF_TOKEN", "private models on the Hub, and PUSH_TO_HUB"),
     Variable("HF_ENDPOINT", "another Hub"),
     Variable("HF_HUB_OFFLINE", "1: no downloads"),
     Variable("WANDB_API_KEY", "for REPORT_TO=wandb"),
     Variable("HTTPS_PROXY", "proxy for downloads"),
     Variable("NO_PROXY", "addresses that need none"),
 )
-TABLE = (*TRAINING, *CONTAINER, *PROJECT, *LIBRARIES)
+TABLE = (*TRAINING, *CONTAINER, *PROJECT, *JOBS, *LIBRARIES)
 NAMES = tuple(variable.name for variable in TABLE)
-OUR_NAMES = frozenset(variable.name for variable in (*PROJECT, *SERVERLESS))
+OUR_NAMES = frozenset(variable.name for variable in (*PROJECT, *JOBS, *DEPLOYMENT))
 # Others' variables that look like one of ours.
 WELL_KNOWN = frozenset({"SPEED", "MODEL", "NUM_CPUS"})
 # Made by the host script: the names (not the values) of all variables there, so that a misspelt one is noticed.
@@ -114,12 +124,12 @@ def check_names(names: Collection[str], *, flags: Collection[str] = ()) -> None:
             raise UsageError(f"{name} is not read; add --{name.lower()} VALUE to the command instead, and unset it.")
         if len(name) < 4:
             continue
-        ours = [variable.name for variable in (*TRAINING, *CONTAINER, *PROJECT)]
+        ours = [variable.name for variable in (*TRAINING, *CONTAINER, *PROJECT, *JOBS)]
         close = difflib.get_close_matches(name, ours, 1, ALIKE)
         if close:
             raise UsageError(f"{name} is not read; did you mean {close[0]}? Rename it, or unset it.")
         if name.startswith("ACESTEP_"):
-            known = ", ".join(variable.name for variable in PROJECT)
+            known = ", ".join(variable.name for variable in (*PROJECT, *JOBS))
             raise UsageError(f"{name} is not read (known: {known}); rename it, or unset it.")
 
 
@@ -127,11 +137,21 @@ def training_flags(environment: Mapping[str, str], *, without: Collection[str] =
     """The training script's arguments that the environment's variables set; an empty variable is unset.
 
     `without` names variables that somebody else deals with.
+
+    Raises:
+        UsageError: a switch is neither yes nor no.
     """
     flags = []
     for variable in TRAINING:
-        if environment.get(variable.name) and variable.name not in without:
-            flags += [f"--{variable.flag}", environment[variable.name]]
+        value = environment.get(variable.name)
+        if not value or variable.name in without:
+            continue
+        if variable.is_switch:
+            if value not in ("yes", "no"):
+                raise UsageError(f"{variable.name} must be yes or no, not {value!r}.")
+            flags.append(f"--{variable.flag}" if value == "yes" else f"--no-{variable.flag}")
+        else:
+            flags += [f"--{variable.flag}", value]
     return flags
 
 
@@ -144,7 +164,13 @@ def without_training(environment: Mapping[str, str]) -> dict[str, str]:
 def describe_table() -> str:
     """A line for each variable, for people."""
     width = max(map(len, NAMES))
-    parts = (("training", TRAINING), ("the container", CONTAINER), ("the project", PROJECT), ("libraries", LIBRARIES))
+    parts = (
+        ("training", TRAINING),
+        ("the container", CONTAINER),
+        ("the project", PROJECT),
+        ("jobs (MODE=runpod, MODE=lambda)", JOBS),
+        ("libraries", LIBRARIES),
+    )
     lines = []
     for title, variables in parts:
         lines.append(f"{title}:")
