@@ -2,8 +2,6 @@
 
 from importlib import resources
 
-import yaml
-
 from .errors import UsageError
 
 
@@ -21,5 +19,7 @@ def load_preset(name: str) -> dict:
     """
     if name not in preset_names():
         raise UsageError(f"there is no preset {name!r}; choose one of {', '.join(preset_names())}.")
+    import yaml  # which a command's help does without
+
     text = resources.files(__package__).joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)

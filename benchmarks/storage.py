@@ -144,6 +144,7 @@ def main() -> None:
     args = parse_args()
     with tempfile.TemporaryDirectory() as folder, running_s3_server(Path(folder) / "server") as server:
         os.environ.update(server.environment)
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as users have it: modules are compiled once, not each time
         os.environ["AWS_REGION"] = os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
         load = os.getloadavg()[0]
         rows = summary(measure(args, Path(folder), server))

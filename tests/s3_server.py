@@ -182,6 +182,42 @@ def deaf_proxy(server: S3Server, marker: bytes, times: int) -> Iterator[tuple[st
 
 
 @contextlib.contextmanager
+def noting_proxy(server: S3Server) -> Iterator[tuple[str, list[str]]]:
+    """A TCP proxy that passes all on; yields its URL and the list of the heads of the requests that came."""
+    target = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    heads: list[str] = []
+
+    def serve(near: socket.socket) -> None:
+        with near, socket.create_connection(target) as far, contextlib.suppress(OSError):
+            answered = True
+            while True:
+                readable, _, _ = select.select([near, far], [], [])
+                if near in readable:
+                    if not (data := near.recv(1 << 20)):
+                        return
+                    if answered:
+                        heads.append(data.partition(b"\r\n\r\n")[0].decode("latin-1"))
+                    answered = False
+                    far.sendall(data)
+                elif far in readable:
+                    if not (data := far.recv(1 << 20)):
+                        return
+                    answered = not data.startswith(b"HTTP/1.1 100")
+                    near.sendall(data)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # the listener is closed
+                while True:
+                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", heads
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
 def corrupting_proxy(server: S3Server, original: bytes, changed: bytes, times: int) -> Iterator[tuple[str, list[int]]]:
     """A TCP proxy that puts `changed` in place of `original` in what the server sends, `times` times in all.
 

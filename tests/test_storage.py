@@ -16,9 +16,10 @@ from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.paths import cache_dir
 from acestep_pipeline.storage import copies as storage
 from acestep_pipeline.storage.copies import is_remote, local_copy
-from acestep_pipeline.storage.s3 import RemoteFile, is_intact, open_client, s3_errors
+from acestep_pipeline.storage.s3 import RemoteFile, open_client, s3_errors
+from acestep_pipeline.storage.s3_checksums import is_intact
+from acestep_pipeline.storage.s3_downloads import fetch
 from acestep_pipeline.storage.s3_listing import PULL_FOLDER, file_names, list_objects
-from acestep_pipeline.storage.s3_transfers import fetch
 from acestep_pipeline.storage.transfer_progress import UNCOUNTED
 from tests.s3_server import corrupting_proxy
 

@@ -16,10 +16,9 @@ from acestep_pipeline import storage
 from acestep_pipeline.errors import RunError
 from acestep_pipeline.paths import cache_dir
 from acestep_pipeline.storage.folder_sync import SYNC_FOLDER
-from acestep_pipeline.storage.s3 import open_client
 from acestep_pipeline.storage.stores import open_store
 from acestep_pipeline.storage.transfer_progress import ByteCount, counting
-from tests.s3_server import deaf_proxy
+from tests.s3_server import deaf_proxy, noting_proxy
 from tests.test_publishing import push, write
 from tests.test_storage import content, noise
 
@@ -31,7 +30,7 @@ PART = 5 << 20  # the smallest that S3 takes
 def small_parts(monkeypatch):
     """Whatever has more than 6 MB travels in parts of 5 MB."""
     monkeypatch.setattr("acestep_pipeline.storage.transfer_progress.LARGE_BYTES", 6 << 20)
-    monkeypatch.setattr("acestep_pipeline.storage.s3_transfers.PART_BYTES", PART)
+    monkeypatch.setattr("acestep_pipeline.storage.transfer_progress.PART_BYTES", PART)
 
 
 def sync(source, target, **options):
@@ -41,8 +40,8 @@ def sync(source, target, **options):
 def kill_in_the_middle(code: str, is_time) -> None:
     """Run code in a process of its own, with small parts, and end it with SIGKILL once it `is_time`."""
     code = (
-        "from acestep_pipeline import storage; from acestep_pipeline.storage import s3_transfers, transfer_progress; "
-        f"transfer_progress.LARGE_BYTES, s3_transfers.PART_BYTES = {6 << 20}, {PART}; {code}"
+        "from acestep_pipeline import storage; from acestep_pipeline.storage import transfer_progress; "
+        f"transfer_progress.LARGE_BYTES, transfer_progress.PART_BYTES = {6 << 20}, {PART}; {code}"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     while not is_time():
@@ -52,23 +51,20 @@ def kill_in_the_middle(code: str, is_time) -> None:
     process.wait()
 
 
-def requests_of(monkeypatch, method: str) -> list[dict]:
-    """The parameters of the requests of a kind that our clients make from now on."""
-    made = []
+@pytest.fixture
+def asked(s3_folder, monkeypatch):
+    """What comes to the server from now on: `asked("PUT", "partNumber=")` are the heads of requests with that."""
+    with noting_proxy(s3_folder.server) as (url, heads):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
 
-    def watched(num_workers):
-        client = open_client(num_workers)
-        client.meta.events.register(f"provide-client-params.s3.{method}", lambda params, **_: made.append(params))
-        return client
+        def of_kind(method: str, *marks: str) -> list[str]:
+            return [head for head in heads if head.startswith(f"{method} ") and all(mark in head for mark in marks)]
 
-    for module in ("s3_store", "copies"):
-        monkeypatch.setattr(f"acestep_pipeline.storage.{module}.open_client", watched)
-    return made
+        of_kind.forget = heads.clear
+        yield of_kind
 
 
-def test_an_upload_that_was_killed_sends_only_the_parts_that_are_not_there(
-    s3_folder, tmp_path, monkeypatch, small_parts
-):
+def test_an_upload_that_was_killed_sends_only_the_parts_that_are_not_there(s3_folder, tmp_path, small_parts, asked):
     whole = noise("large", 8 * PART - 7)
     folder = write(tmp_path / "a", {"large": whole})
     bucket = {"Bucket": s3_folder.server.bucket}
@@ -86,38 +82,36 @@ def test_an_upload_that_was_killed_sends_only_the_parts_that_are_not_there(
     )
     there = num_parts()
     assert 3 <= there < 8 and storage.list(s3_folder.url) == []
-    sent = requests_of(monkeypatch, "UploadPart")
+    asked.forget()
     sync(folder, s3_folder.url)
-    assert len(sent) <= 8 - there and content(folder) == {"large": storage.open(f"{s3_folder.url}/large").read()}
+    assert 1 <= len(asked("PUT", "partNumber=")) <= 8 - there
+    assert content(folder) == {"large": storage.open(f"{s3_folder.url}/large").read()}
     assert not list((cache_dir() / "uploads").iterdir()), "its record is gone with it"
     digests = b"".join(hashlib.sha256(whole[at : at + PART]).digest() for at in range(0, len(whole), PART))
     head = s3_folder.client.head_object(**bucket, Key=f"{s3_folder.name}/large", ChecksumMode="ENABLED")
     assert head["ChecksumSHA256"] == base64.b64encode(hashlib.sha256(digests).digest()).decode() + "-8"
 
 
-def test_parts_of_another_content_are_sent_again(s3_folder, tmp_path, monkeypatch, small_parts):
+def test_parts_of_another_content_are_sent_again(s3_folder, tmp_path, monkeypatch, small_parts, asked):
     folder = write(tmp_path / "a", {"large": noise("one", 3 * PART)})
-    sent = requests_of(monkeypatch, "CompleteMultipartUpload")
-    monkeypatch.setattr("acestep_pipeline.storage.s3_transfers._REQUESTS", 1)
     with deaf_proxy(s3_folder.server, b"partNumber=3", times=99) as (url, _), monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", url)
-        patch.setattr("acestep_pipeline.storage.s3_transfers.cache_dir", lambda: tmp_path / "cache")
+        patch.setattr("acestep_pipeline.storage.s3_uploads.cache_dir", lambda: tmp_path / "cache")
         with pytest.raises(RunError, match="the connection to .* broke"):
             sync(folder, s3_folder.url, num_workers=1)
-        assert not sent and len(list((tmp_path / "cache" / "uploads").iterdir())) == 1
+        assert storage.list(s3_folder.url) == [] and len(list((tmp_path / "cache" / "uploads").iterdir())) == 1
     changed = noise("two", PART) + noise("one", 3 * PART)[PART:]
     write(folder, {"large": changed})
     (record,) = (tmp_path / "cache" / "uploads").iterdir()
-    monkeypatch.setattr("acestep_pipeline.storage.s3_transfers._upload_record", lambda *where: record)
-    parts = requests_of(monkeypatch, "UploadPart")
+    monkeypatch.setattr("acestep_pipeline.storage.s3_uploads._upload_record", lambda *where: record)
     sync(folder, s3_folder.url)
-    assert {each["PartNumber"] for each in parts} == {1} and not record.exists()
+    assert len(asked("PUT", "partNumber=1 ")) == len(asked("PUT", "partNumber=")) == 1 and not record.exists()
     assert storage.open(f"{s3_folder.url}/large").read() == changed
 
 
 def test_an_upload_that_was_given_up_meanwhile_begins_anew(s3_folder, tmp_path, small_parts, monkeypatch):
     folder = write(tmp_path / "a", {"large": noise("one", 2 * PART)})
-    monkeypatch.setattr("acestep_pipeline.storage.s3_transfers._upload_record", lambda *where: tmp_path / "record")
+    monkeypatch.setattr("acestep_pipeline.storage.s3_uploads._upload_record", lambda *where: tmp_path / "record")
     (tmp_path / "record").write_text("no-such-upload")
     sync(folder, s3_folder.url)
     assert storage.open(f"{s3_folder.url}/large").read() == noise("one", 2 * PART)
@@ -137,7 +131,7 @@ def test_an_upload_whose_last_answer_was_lost_is_finished(what, s3_folder, tmp_p
 
 @pytest.mark.parametrize("kind", ["sync", "pull", "local_copy"])
 def test_a_download_that_was_killed_fetches_only_the_parts_that_are_not_here(
-    kind, s3_folder, tmp_path, monkeypatch, small_parts
+    kind, s3_folder, tmp_path, small_parts, asked
 ):
     whole = noise("large", 8 * PART - 7)
     address, copy = f"{s3_folder.url}/x", tmp_path / "copy"
@@ -163,7 +157,7 @@ def test_a_download_that_was_killed_fetches_only_the_parts_that_are_not_here(
     kill_in_the_middle(code, lambda: num_parts() >= 3)
     here = num_parts()
     assert 3 <= here < 8
-    made = requests_of(monkeypatch, "GetObject")
+    asked.forget()
     if kind == "sync":
         sync(address, copy)
     elif kind == "pull":
@@ -172,11 +166,11 @@ def test_a_download_that_was_killed_fetches_only_the_parts_that_are_not_here(
         from acestep_pipeline.storage.copies import local_copy
 
         copy = local_copy(address, show_progress=False)
-    assert content(copy)["large"] == whole and sum("Range" in each for each in made) == 8 - here
+    assert content(copy)["large"] == whole and len(asked("GET", "Range: bytes=")) == 8 - here
     assert not where.exists()
 
 
-def test_parts_that_were_spoilt_on_the_disk_are_fetched_again(s3_folder, tmp_path, small_parts, monkeypatch):
+def test_parts_that_were_spoilt_on_the_disk_are_fetched_again(s3_folder, tmp_path, small_parts, asked):
     whole = noise("large", 3 * PART)
     s3_folder.put({"x/large": whole})
     copy = tmp_path / "copy"
@@ -188,9 +182,9 @@ def test_parts_that_were_spoilt_on_the_disk_are_fetched_again(s3_folder, tmp_pat
     with ledger.with_name(ledger.name.removesuffix(".parts")).open("r+b") as file:
         file.seek(100)
         file.write(b"?")
-    made = requests_of(monkeypatch, "GetObject")
+    asked.forget()
     sync(f"{s3_folder.url}/x", copy)
-    assert content(copy) == {"large": whole} and len(made) > 3
+    assert content(copy) == {"large": whole} and len(asked("GET", "Range: bytes=")) > 3
     s3_folder.put({"x/large": whole[::-1]})
     assert sync(f"{s3_folder.url}/x", copy).sent == ("large",) and content(copy) == {"large": whole[::-1]}
 

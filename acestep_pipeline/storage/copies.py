@@ -22,8 +22,8 @@ from ..files import remove_with_folders, write_text
 from ..paths import cache_dir, check_addresses, check_room, probe_writable
 from .hub_address import is_on_hub
 from .s3 import RemoteFile, open_client, parse_address, s3_errors, shown
+from .s3_downloads import fetch, keep_unfinished
 from .s3_listing import PULL_FOLDER, list_files
-from .s3_transfers import fetch, keep_unfinished
 from .transfer_progress import counting, small_and_large
 
 # Requests in flight: at ~10 ms for each, enough that small files don't wait for one another.

@@ -10,8 +10,7 @@ from ..errors import UsageError
 from .names import KINDS
 from .release_manifest import CHECKPOINTS_FOLDER
 from .s3 import open_client, parse_address, s3_errors
-from .s3_transfers import PART_BYTES
-from .transfer_progress import is_large
+from .transfer_progress import PART_BYTES, is_large
 
 # In which S3 bills ("Amazon S3 FAQs", billing: a GB-month is of 2**30 bytes).
 GB = 2**30

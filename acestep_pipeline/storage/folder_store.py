@@ -109,9 +109,9 @@ class FolderStore:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def fetch(self, stored: Stored, path: Path, *, count: Callable[[int], None], threads: int) -> None:
+    def fetch(self, stored: Stored, path: Path, *, count: Callable[[int], None], threads: int) -> str | None:
         with self._errors(), (self.root / stored.key).open("rb") as source, path.open("wb") as sink:
-            digest(_blocks(source, stored.size), count, sink)
+            return digest(_blocks(source, stored.size), count, sink)
 
     def hash(self, key: str, *, size: int, count: Callable[[int], None]) -> str | None:
         with self._errors("read"):

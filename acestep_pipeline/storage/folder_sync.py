@@ -24,9 +24,10 @@ from .folder_store import FolderStore, Stored
 from .publishing import read_latest
 from .release_manifest import CONTENT_FOLDER, MANIFEST_NAME, check_names
 from .release_pull import fetch_checked
-from .s3 import RemoteFile, has_etag, s3_errors, shown
+from .s3 import RemoteFile, s3_errors, shown
+from .s3_checksums import has_etag
+from .s3_downloads import keep_unfinished
 from .s3_listing import PULL_FOLDER
-from .s3_transfers import keep_unfinished
 from .stores import Store, open_store
 from .transfer_progress import UNCOUNTED, ByteCount, counting, small_and_large
 
@@ -285,14 +286,14 @@ def _move(origin: Side, goal: Side, name: str, *, count: ByteCount, threads: int
     elif origin.is_local:
         path = origin.path(name)
         with file_errors(path, "read"):
-            goal.store.put(path, name, size=stored.size, sha256=sha256(path), count=count, threads=threads)
+            goal.store.put(path, name, size=stored.size, sha256=None, count=count, threads=threads)
             if Stored.of_file(name, path.stat()) != stored:
                 raise RunError(f"{one_line(str(path))} changed while it was sent; run it again.")
     else:
         with tempfile.TemporaryDirectory(prefix="ace-step-") as folder, file_errors(Path(folder)):
             partial = Path(folder, "file")
             _fetch(origin, name, partial, count=UNCOUNTED, threads=threads)
-            goal.store.put(partial, name, size=stored.size, sha256=sha256(partial), count=count, threads=threads)
+            goal.store.put(partial, name, size=stored.size, sha256=None, count=count, threads=threads)
 
 
 def _fetch(origin: Side, name: str, path: Path, *, count: ByteCount, threads: int) -> None:

@@ -16,7 +16,7 @@ from .folder_store import Stored
 from .publishing import find_release
 from .release_manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestFile, parse_manifest
 from .s3 import shown
-from .s3_transfers import keep_unfinished
+from .s3_downloads import keep_unfinished
 from .stores import Store, open_store
 from .transfer_progress import ByteCount, counting, small_and_large
 
@@ -253,8 +253,8 @@ def fetch_checked(
 ) -> None:
     """Fetch a file of a release, again if it is not what its manifest says; `RunError` where it stays so."""
     for _ in range(_ATTEMPTS):
-        store.fetch(stored, path, count=count, threads=threads)
-        if path.stat().st_size == file.size and sha256(path) == file.sha256:
+        arrived = store.fetch(stored, path, count=count, threads=threads) or sha256(path)
+        if path.stat().st_size == file.size and arrived == file.sha256:
             return
         count(-path.stat().st_size)
     path.unlink()

@@ -11,12 +11,15 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ..data.text.text_files import one_line
 from ..errors import RunError, UsageError
 from ..paths import without_secrets
+from .s3_checksums import is_encrypted, is_md5
+from .s3_direct import attach
 
 _ADDRESS = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/(.*))?", re.DOTALL)
 _ATTEMPTS = 3
@@ -77,18 +80,38 @@ def open_client(num_workers: int) -> Any:
     )
     try:
         session = botocore.session.Session()
-        session.register_component("data_loader", _description_of_s3())
-        return session.create_client("s3", config=config)
+        session.register_component("data_loader", _descriptions())
+        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_time)
+        client = session.create_client("s3", config=config)
     except ValueError:  # botocore's "Invalid endpoint"
         raise UsageError(f"AWS_ENDPOINT_URL {_endpoint()} is no address; write http(s)://host:port.") from None
+    attach(session, client)
+    return client
 
 
 @functools.cache
-def _description_of_s3() -> Any:
+def _descriptions() -> Any:
     """What botocore reads of the services' descriptions, read once."""
-    from botocore.loaders import create_loader
+    from botocore.loaders import Loader
 
-    return create_loader()
+    class NamesOnly(Loader):
+        """Takes each folder for a service's. botocore's looks into all of the 400, for each kind of description."""
+
+        def list_available_services(self, type_name: str) -> list[str]:
+            folders = [Path(folder) for folder in self.search_paths]
+            return sorted({entry.name for folder in folders if folder.is_dir() for entry in os.scandir(folder)})
+
+    return NamesOnly()
+
+
+def _parse_time(value: Any) -> datetime:
+    """A time of S3's. botocore's parser first finds out how it is written, which for a listing's takes longest."""
+    if isinstance(value, str) and value[10:11] == "T":
+        with contextlib.suppress(ValueError):
+            return datetime.fromisoformat(value)
+    from botocore.utils import parse_timestamp
+
+    return parse_timestamp(value)
 
 
 def _endpoint() -> str:
@@ -175,54 +198,7 @@ def read_object(client: Any, bucket: str, key: str, *, max_bytes: int) -> tuple[
             data = b"".join(answer["Body"].iter_chunks(1 << 20))
         except (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError):
             continue
-        match = re.fullmatch(r'"?([0-9a-f]{32})"?', answer["ETag"])
-        encrypted = answer.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in answer
-        plain = match and not encrypted and not bucket.endswith("--x-s3")
-        if not plain or hashlib.md5(data, usedforsecurity=False).hexdigest() == match[1]:
+        plain = is_md5(bucket, answer["ETag"]) and not is_encrypted(answer)
+        if not plain or hashlib.md5(data, usedforsecurity=False).hexdigest() == answer["ETag"].strip('"'):
             return data, answer["ETag"]
     raise RunError(f"{where} arrived damaged {_ATTEMPTS} times, or cut; run it again.")
-
-
-def is_intact(client: Any, bucket: str, file: RemoteFile, path: Path) -> bool:
-    """Whether a download has the size that was listed and, where the ETag is made of MD5s, those."""
-    return has_etag(client, bucket, file, path) is not False
-
-
-def has_etag(client: Any, bucket: str, file: RemoteFile, path: Path) -> bool | None:
-    """Whether a file has an object's size and the MD5s of its ETag; None where the ETag is not made of MD5s.
-
-    An ETag is the content's MD5; or, after an upload in parts, the MD5 of the parts' MD5s, a dash and their number.
-    It is neither for objects encrypted with KMS or a customer's key, nor in directory buckets (S3 user guide,
-    "Checking object integrity").
-    """
-    if path.stat().st_size != file.size:
-        return False
-    match = re.fullmatch(r'"?([0-9a-f]{32})(?:-(\d+))?"?', file.etag)
-    if not match or bucket.endswith("--x-s3"):
-        return None
-    if match[2] is None and _md5s(path, [file.size])[0].hex() == match[1]:
-        return True
-    parts = int(match[2] or 1)
-    request = {"Bucket": bucket, "Key": file.key} | ({"PartNumber": 1} if match[2] else {})
-    head = client.head_object(**request)
-    encrypted = head.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in head
-    if encrypted or match[2] is None:
-        return None if encrypted else False
-    first = head["ContentLength"]
-    if not first * (parts - 1) < file.size <= first * parts:
-        return None  # parts of unequal sizes, or a server that doesn't know parts: the size must do
-    sizes = [first] * (parts - 1) + [file.size - first * (parts - 1)]
-    return hashlib.md5(b"".join(_md5s(path, sizes)), usedforsecurity=False).hexdigest() == match[1]
-
-
-def _md5s(path: Path, sizes: list[int]) -> list[bytes]:
-    """The MD5 of each of a file's consecutive parts of so many bytes."""
-    digests = []
-    with path.open("rb") as file:
-        for size in sizes:
-            digest = hashlib.md5(usedforsecurity=False)
-            while size and (block := file.read(min(size, 1 << 20))):
-                digest.update(block)
-                size -= len(block)
-            digests.append(digest.digest())
-    return digests

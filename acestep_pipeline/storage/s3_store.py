@@ -7,7 +7,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from ..errors import UsageError
-from . import s3_transfers
+from . import s3_downloads, s3_uploads
 from .copies import NUM_WORKERS
 from .folder_store import BLOCK_BYTES, Stored, digest
 from .release_manifest import PROBE_KEY
@@ -30,7 +30,7 @@ class S3Store:
         self.listed_at = 0.0
         with s3_errors(url):
             self.client = open_client(num_workers)
-            s3_transfers.watch_bodies(self.client)
+            s3_uploads.watch_bodies(self.client)
 
     def list_keys(self, prefix: str = "") -> list[Stored]:
         """Everything whose key begins with `prefix`."""
@@ -107,10 +107,11 @@ class S3Store:
             "publishers could undo each other's work; use one that does, such as AWS, or a folder."
         )
 
-    def put(self, path: Path, key: str, *, size: int, sha256: str, count: ByteCount, threads: int) -> None:
-        """Upload a file's content; the server checks SHA-256, of the whole or of each part."""
+    def put(self, path: Path, key: str, *, size: int, sha256: str | None, count: ByteCount, threads: int) -> None:
+        """Upload a file's content; the server checks SHA-256, of the whole or of each part. It is computed if it isn't
+        known."""
         with s3_errors(self.url, writing=True):
-            s3_transfers.send(
+            s3_uploads.send(
                 self.client,
                 self.bucket,
                 self.folder + key,
@@ -121,11 +122,12 @@ class S3Store:
                 count=count,
             )
 
-    def fetch(self, stored: Stored, path: Path, *, count: ByteCount, threads: int) -> None:
-        """Download to `path`, no more than `stored.size` bytes; what S3 knows of the content is checked."""
+    def fetch(self, stored: Stored, path: Path, *, count: ByteCount, threads: int) -> str | None:
+        """Download to `path`, no more than `stored.size` bytes; what S3 knows of the content is checked. Returns its
+        SHA-256 where that was computed on the way."""
         remote = RemoteFile(self.folder + stored.key, stored.size, stored.etag)
         with s3_errors(self.url):
-            s3_transfers.fetch(self.client, self.bucket, remote, path, threads=threads, count=count)
+            return s3_downloads.fetch(self.client, self.bucket, remote, path, threads=threads, count=count)
 
     def hash(self, key: str, *, size: int, count: Callable[[int], None]) -> str | None:
         """The SHA-256 of what lies under a key, as it is read now; None where there is nothing or another size."""

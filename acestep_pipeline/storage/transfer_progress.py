@@ -1,4 +1,4 @@
-"""What a transfer shows and how it is paced: a bar with rate and time left, a limit, files in turn."""
+"""What a transfer shows and how it is cut and paced: a bar with rate and time left, a limit, files in turn, parts."""
 
 import contextlib
 import threading
@@ -14,11 +14,21 @@ Result = TypeVar("Result")
 
 # Larger files come one after another in parallel parts; smaller ones beside each other, each in one request.
 LARGE_BYTES = 64 * 1024**2
+# Parts of a large file, the last one apart, are of this size or larger, and at most so many (S3 user guide, "Multipart
+# upload limits").
+PART_BYTES = 8 * 1024**2
+_MAX_PARTS = 10_000
 
 
 def is_large(size: int) -> bool:
     """Whether a file of so many bytes travels in parts."""
     return size >= LARGE_BYTES
+
+
+def part_spans(size: int, part: int | None = None) -> list[tuple[int, int]]:
+    """Where each part of a file begins and ends: parts of so many bytes, or as we send them."""
+    part = part or max(PART_BYTES, -(-size // _MAX_PARTS))
+    return [(start, min(start + part, size)) for start in range(0, size, part)]
 
 
 class ByteCount:
