@@ -16,6 +16,7 @@ from transformers import Qwen3Model
 
 from acestep_pipeline import ACEStepPipeline
 from acestep_pipeline.conditioning import PromptFields, context_latents, encode_condition
+from acestep_pipeline.data import latent_cache
 from acestep_pipeline.data.audio import read_audio, write_audio
 from acestep_pipeline.data.batching import BatchLoader, DrawSettings, Item, MicroBatch
 from acestep_pipeline.data.latent_cache import (
@@ -417,15 +418,22 @@ def test_the_next_tracks_are_decoded_meanwhile_and_nothing_changes(tmp_path, pip
     (tmp_path / "b.flac").write_bytes(damaged[: len(damaged) // 2])
     decoded = []
 
-    def watched(source, **options):
-        decoded.append((source.stem, threading.current_thread() is threading.main_thread()))
-        return read_audio(source, **options)
+    def watch(name):
+        original = getattr(latent_cache, name)
 
-    monkeypatch.setattr("acestep_pipeline.data.latent_cache.read_audio", watched)
+        def watched(source, **options):
+            decoded.append((source.stem, name, threading.current_thread() is threading.main_thread()))
+            return original(source, **options)
+
+        monkeypatch.setattr(latent_cache, name, watched)
+
+    watch("read_audio")
+    watch("stream_audio")
     monkeypatch.setattr("acestep_pipeline.data.latent_cache.MAX_AHEAD_S", 4.0)
     ahead, alone = (LatentCache(tmp_path / name, pipeline) for name in ("ahead", "alone"))
     entries, problems = prepare_tracks(ahead, tracks, max_duration_s=2.0, show_progress=False)
-    assert sorted(decoded) == [("a", False), ("b", False), ("b", True), ("c", True), ("d", False), ("e", False)]
+    whole = [(name, "read_audio", False) for name in "abde"]
+    assert sorted(decoded) == sorted([*whole, ("b", "stream_audio", True), ("c", "stream_audio", True)])
     expected = [alone.prepare(track, 2.0) for track in tracks]
     assert files(ahead) == files(alone)
     assert [entry.id for entry in entries] == [entry.id for entry, _ in expected if entry] == [

@@ -20,9 +20,10 @@ from ..engines import map_in_order
 from ..errors import RunError, UsageError
 from ..files import write_tensors
 from ..progress import progress_bar
-from .audio import AudioError, read_audio
+from .audio import AudioError, read_audio, stream_audio
 from .text.lyrics import cut_to_window, lines_beyond
 from .text.variants import TextOptions, make_wordings
+from .tiled_encoding import encode_in_tiles
 from .tracks import Problem, Track
 
 # Raise when the meaning of a cached tensor changes.
@@ -280,20 +281,14 @@ class LatentCache:
 def encode_latents(vae, audio: Path | bytes, decoded: np.ndarray | None = None) -> dict[str, torch.Tensor]:
     """Decode audio and encode it: `mean` and `std` of the VAE's posterior, float32 `[frames, channels]` on the CPU.
 
-    The waveform (`decoded`, where that has been done) is cut to whole latent frames (less than 40 ms are lost), and
-    encoded in tiles.
+    The waveform is cut to whole latent frames (less than 40 ms are lost) and encoded in tiles, while it is decoded, so
+    that memory doesn't grow with it; or from `decoded`, where that has been done.
 
     Raises:
-        AudioError: the audio can't be decoded, or is shorter than one tile's edge allows.
+        AudioError: the audio can't be decoded, or is shorter than one latent frame.
     """
-    if decoded is None:
-        decoded = read_audio(audio, sample_rate=vae.config.sampling_rate)
-    waveform = torch.from_numpy(decoded)
-    num_frames = waveform.shape[-1] // vae.hop_length
-    if num_frames < 1:
-        raise AudioError("it holds less than one latent frame of audio")
-    waveform = waveform[None, :, : num_frames * vae.hop_length].to(vae.device, vae.dtype)
-    posterior = vae.encode(waveform).latent_dist
+    blocks = stream_audio(audio, sample_rate=vae.config.sampling_rate) if decoded is None else [decoded]
+    posterior = encode_in_tiles(vae, blocks)
     tensors = {"mean": posterior.mean, "std": posterior.std}
     tensors = {name: tensor[0].transpose(0, 1).float().cpu().contiguous() for name, tensor in tensors.items()}
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
