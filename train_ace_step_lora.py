@@ -159,6 +159,7 @@ def train(args: argparse.Namespace) -> None:
         max_train_samples=args.max_train_samples,
         min_duration_s=args.min_duration_s,
         max_duration_s=args.max_duration_s,
+        streaming=args.streaming,
         strict=args.strict,
         latent_cache_dir=args.latent_cache_dir or cache_dir() / "latents",
         text=text,

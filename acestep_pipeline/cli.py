@@ -16,6 +16,8 @@ from .paths import cache_dir, check_addresses, default_data
 from .presets import preset_names
 from .version import __version__
 
+_DATA_HELP = "folder of audio, or a dataset, also s3://… or hf://…; unset: $ACESTEP_DATA, else /data, else ./data"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands; each sets `run`, a function from arguments to an exit status."""
@@ -31,7 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "cache", "encode a folder of music now, for a training later", _cache)
     add_model_arguments(command)
-    command.add_argument("--train_data_dir", help="folder of audio; unset: $ACESTEP_DATA, else /data, else ./data")
+    command.add_argument("--train_data_dir", help=_DATA_HELP)
+    command.add_argument("--streaming", action="store_true", help="as in training: fetch each audio file of s3://… or "
+                         "hf://… when it is to be encoded, and keep its latents alone")  # fmt: skip
     command.add_argument("--max_duration_s", type=float, default=240.0, help="as in training (default: 240)")
     command.add_argument("--min_duration_s", type=float, default=10.0, help="as in training (default: 10)")
     command.add_argument("--latent_cache_dir", type=Path, help="unset: latents in the project's cache folder")
@@ -47,9 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.epilog = "Every flag of train_ace_step_lora.py works here too, e.g. --rank 32 --max_duration_s 60."
     command.add_argument("--preset", choices=preset_names(), help="as in training")
-    command.add_argument(
-        "--data", "--train_data_dir", help="folder of audio; unset: $ACESTEP_DATA, else /data, else ./data"
-    )
+    command.add_argument("--data", "--train_data_dir", help=_DATA_HELP)
     command.add_argument("--gpu", help="e.g. 'RTX 3060', h100; this: measure this machine; unset: all known ones")
     command.add_argument("--num_processes", type=int, default=1, help="how many of that GPU (default: 1)")
     command.add_argument("--config", choices=("2b", "xl"), help="the model's size; unset: the checkpoint's")
@@ -131,12 +133,13 @@ def _command(commands, name: str, description: str, run) -> argparse.ArgumentPar
 def _cache(args: argparse.Namespace) -> int:
     from .data.latent_cache import LatentCache, prepare_tracks
     from .data.tracks import describe_problems, doubts_about_text, load_tracks
-    from .training.settings import text_options
+    from .training.settings import check_streaming, text_options
 
     text = text_options(args)
     data, said = default_data(args.train_data_dir)
+    check_streaming(args.streaming, data)
     print(f"Data: {data} ({said})", flush=True)
-    tracks, problems = load_tracks(data, min_duration_s=args.min_duration_s)
+    tracks, problems = load_tracks(data, min_duration_s=args.min_duration_s, streaming=args.streaming)
     pipeline = load_pipeline(args, to_encode=True)
     cache = LatentCache(args.latent_cache_dir or cache_dir() / "latents", pipeline, text)
     cached, found = prepare_tracks(cache, tracks, max_duration_s=args.max_duration_s)

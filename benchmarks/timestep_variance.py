@@ -61,6 +61,7 @@ def load_inputs(music: Path, *, seconds: int, max_tracks: int, rank: int) -> Tra
         max_train_samples=max_tracks,
         min_duration_s=seconds,
         max_duration_s=seconds,
+        streaming=False,
         strict=False,
         latent_cache_dir=cache_dir() / "latents",
         text=TextOptions(),

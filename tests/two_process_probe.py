@@ -20,7 +20,7 @@ from acestep_pipeline.training import parallelism, setup
 
 rank = os.environ.get("RANK", "0")
 noises, adapters, encoded, written, held = [], [], [], [], {}
-interpolate, add_lora, encode_latents = flow_matching.interpolate, setup.add_lora, latent_cache.encode_latents
+interpolate, add_lora, find_latents = flow_matching.interpolate, setup.add_lora, latent_cache.LatentCache._latents
 choose_parallelism, draw = parallelism.choose_parallelism, batching.BatchLoader._draw
 
 
@@ -37,10 +37,11 @@ def watch_adapter(transformer, *args, **kwargs):
     return add_lora(transformer, *args, **kwargs)
 
 
-def watch_encoding(vae, audio, decoded):
+def watch_encoding(cache, track, decoded):
     """Keep the names of the files that are encoded."""
-    encoded.append(Path(audio).name)
-    return encode_latents(vae, audio, decoded)
+    if not cache._latents_path(track).is_file():
+        encoded.append(track.audio.name)
+    return find_latents(cache, track, decoded)
 
 
 def watch_parallelism(*args, **kwargs):
@@ -89,7 +90,7 @@ def watch_files(output_dir: Path):
 
 if __name__ == "__main__":
     flow_matching.interpolate, setup.add_lora = watch_noise, watch_adapter
-    latent_cache.encode_latents, parallelism.choose_parallelism = watch_encoding, watch_parallelism
+    latent_cache.LatentCache._latents, parallelism.choose_parallelism = watch_encoding, watch_parallelism
     if os.environ.get("FORCE_BF16"):
         setup.bf16_is_fast = lambda device: True
     if os.environ.get("BROKEN_UPDATE"):

@@ -1,9 +1,9 @@
 """Reading the rows of a `datasets` directory or a Hub dataset as raw records of tracks."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..errors import UsageError
 from .audio import AUDIO_SUFFIXES
@@ -11,6 +11,9 @@ from .text.fields import FIELD_NAMES, canonical_name, text_fields
 
 # Columns that describe the music; a dataset without any of them is asked for the tags inside its files.
 _DESCRIPTIVE = {name for field in ("tags", "lyrics", "genre", "bpm", "keyscale") for name in FIELD_NAMES[field]}
+
+# Of what `save_to_disk` writes, the file that says so.
+_STATES = frozenset({"state.json", "dataset_dict.json"})
 
 # The number of records, and a function that reads one.
 Records = tuple[int, Callable[[int], dict]]
@@ -31,13 +34,22 @@ class EmbeddedAudio:
 
 def is_dataset(directory: Path) -> bool:
     """Whether a directory is one that `disk_records` reads."""
-    saved = any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    return saved or holds_parquet(directory)
+    return any((directory / name).is_file() for name in _STATES) or holds_parquet(directory)
+
+
+def are_dataset(names: Collection[str]) -> bool:
+    """Whether a directory with files of these names (relative to it, with /) is one that `disk_records` reads."""
+    return not _STATES.isdisjoint(names) or _are_parquet(names)
 
 
 def holds_parquet(directory: Path) -> bool:
     """Whether a directory is a dataset as most on the Hub are: Parquet files, and no audio beside them."""
-    found = [path.suffix.lower() for pattern in ("*", "*/*") for path in Path(directory).glob(pattern)]
+    paths = [path for pattern in ("*", "*/*") for path in Path(directory).glob(pattern)]
+    return _are_parquet([path.relative_to(directory).as_posix() for path in paths])
+
+
+def _are_parquet(names: Iterable[str]) -> bool:
+    found = {PurePosixPath(name).suffix.lower() for name in names if name.count("/") < 2}
     return ".parquet" in found and not AUDIO_SUFFIXES.intersection(found)
 
 

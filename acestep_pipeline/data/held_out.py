@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..storage.copies import local_copy
+from ..storage.remote_folder import can_stream
 from .building.splits import choose_holdout
 from .dataset_rows import disk_splits, hub_splits
 from .tracks import Problem, Track, load_tracks
@@ -24,6 +25,7 @@ def load_train_and_held_out(
     min_duration_s: float,
     max_train_samples: int | None,
     seed: int,
+    streaming: bool = False,
     show_progress: bool = True,
 ) -> tuple[list[Track], list[Track], list[Problem]]:
     """Read the training tracks, and those to validate on: of `validation_data_dir` where it is named, else of the
@@ -43,12 +45,16 @@ def load_train_and_held_out(
     Raises:
         UsageError: nothing is usable, two sources of held-out tracks are named, or the one named gives none.
     """
-    # Copied from S3 once, for all that is read of it.
+
+    def locate(place: str | Path) -> str | Path:
+        """Where it is read: in a copy that is made once for all that is read of it, unless it is streamed."""
+        return place if streaming and can_stream(place) else local_copy(str(place), show_progress=show_progress)
+
     if dataset_name is None:
-        train_data_dir = local_copy(str(train_data_dir), show_progress=show_progress)
+        train_data_dir = locate(train_data_dir)
     if validation_data_dir is not None:
-        validation_data_dir = local_copy(str(validation_data_dir), show_progress=show_progress)
-    how = {"min_duration_s": min_duration_s, "show_progress": show_progress}
+        validation_data_dir = locate(validation_data_dir)
+    how = {"min_duration_s": min_duration_s, "streaming": streaming, "show_progress": show_progress}
     tracks, problems = load_tracks(
         train_data_dir, dataset_name=dataset_name, max_train_samples=max_train_samples, seed=seed, **how
     )

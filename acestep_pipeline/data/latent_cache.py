@@ -253,7 +253,8 @@ class LatentCache:
         path = self._latents_path(track)
         header = self._header(path)
         if header is None:
-            write_cache_file(path, encode_latents(self.pipeline.vae, track.source, decoded), {})
+            audio = track.source if decoded is None else None  # to ask for it may be to fetch it
+            write_cache_file(path, encode_latents(self.pipeline.vae, audio, decoded), {})
             header = read_header(path)
         return path, header["shapes"]["mean"][0]
 
@@ -278,7 +279,7 @@ class LatentCache:
 
 
 @torch.no_grad()
-def encode_latents(vae, audio: Path | bytes, decoded: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+def encode_latents(vae, audio: Path | bytes | None, decoded: np.ndarray | None = None) -> dict[str, torch.Tensor]:
     """Decode audio and encode it: `mean` and `std` of the VAE's posterior, float32 `[frames, channels]` on the CPU.
 
     The waveform is cut to whole latent frames (less than 40 ms are lost) and encoded in tiles, while it is decoded, so

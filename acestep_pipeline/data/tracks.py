@@ -8,28 +8,26 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..engines import map_in_order
 from ..errors import UsageError
-from ..files import sha256
 from ..progress import progress_bar
 from ..storage.copies import local_copy
-from .audio import AUDIO_SUFFIXES, AudioError, AudioInfo, probe_audio
+from ..storage.remote_folder import can_stream
+from .audio import AUDIO_SUFFIXES, AudioError
 from .dataset_rows import EmbeddedAudio, disk_records, hub_records, is_dataset
+from .folder_records import FolderRecords, local_records, remote_records
+from .remote_audio import AudioFacts, RemoteAudio, read_facts, remote_facts
 from .text.fields import fill_missing
-from .text.file_tags import read_file_tags
-from .text.folder_listing import FolderListing, dataset_json_names, describe_unmatched, list_folder
+from .text.folder_listing import list_folder
 from .text.normalisation import normalise_rights, normalise_tags, normalise_text
-from .text.sidecars import read_sidecars
-from .text.tables import read_tables
 from .text.text_files import one_line
 from .text.variants import TextOptions, describe_wordings
 
 # Hashing and probing wait for the disk and release the interpreter's lock.
-_MAX_READERS = 4
+MAX_READERS = 4
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Track:
     """
 
     id: str
-    audio: Path | EmbeddedAudio
+    audio: Path | EmbeddedAudio | RemoteAudio
     tags: str
     lyrics: str
     language: str
@@ -77,11 +75,14 @@ class Track:
 
     @property
     def source(self) -> Path | bytes:
-        """The path, or the bytes of the encoded file, read anew each time: a dataset need not fit in memory."""
+        """The path, or the bytes of the encoded file, read anew each time: a dataset need not fit in memory.
+
+        Of audio that lies elsewhere (`RemoteAudio`) each reading is a download. Raises as its `read`.
+        """
         return _source(self.audio)
 
 
-def _source(audio: Path | EmbeddedAudio) -> Path | bytes:
+def _source(audio: Path | EmbeddedAudio | RemoteAudio) -> Path | bytes:
     return audio if isinstance(audio, Path) else audio.read()
 
 
@@ -99,8 +100,7 @@ class _Examined:
     """A raw record, and what its audio is or why it can't be used."""
 
     record: dict
-    info: AudioInfo | None = None
-    sha256: str = ""
+    facts: AudioFacts | None = None
     refusal: str = ""
 
 
@@ -114,13 +114,15 @@ def load_tracks(
     seed: int = 0,
     genre_from_folder: bool = False,
     judge_tags: bool = True,
+    streaming: bool = False,
     show_progress: bool = True,
 ) -> tuple[list[Track], list[Problem]]:
     """Read the tracks of a folder, a `datasets` directory or a Hub dataset, in a fixed order.
 
     Args:
         train_data_dir: a folder of audio with sidecars, or a directory written by `Dataset.save_to_disk`; of an
-            `s3://bucket/prefix` or `hf://datasets/user/name` the copy in the cache is brought up to date and read.
+            `s3://bucket/prefix` or `hf://datasets/user/name` the copy in the cache is brought up to date and read,
+            unless it is streamed.
         dataset_name: instead of the folder, a Hub id or anything `datasets.load_dataset` takes.
         split: which rows of a dataset; a folder of audio, and a dataset on disk without splits, have no others.
         min_duration_s: shorter tracks are skipped.
@@ -128,26 +130,38 @@ def load_tracks(
         seed: for `max_train_samples`.
         genre_from_folder: a track whose genre no sidecar or table gives takes the name of its folder.
         judge_tags: name tracks that have no tags.
+        streaming: of an address fetch the text alone, and each audio file when it is read (`RemoteAudio`), at most
+            `MAX_READERS` at a time; the tracks are the same.
         show_progress: draw a progress bar.
 
     Returns:
         The usable tracks, and the problems found (skipped tracks and warnings).
 
     Raises:
-        UsageError: there is no such folder, or no track in it is usable.
+        UsageError: there is no such folder, no track in it is usable, or a dataset is to be streamed.
+        RunError: a file that is streamed changed meanwhile, or the connection broke.
     """
-    source = dataset_name or local_copy(str(train_data_dir), show_progress=show_progress).expanduser()
+    streaming = streaming and dataset_name is None and can_stream(train_data_dir)
+    source = dataset_name or (
+        train_data_dir if streaming else local_copy(str(train_data_dir), show_progress=show_progress).expanduser()
+    )
     problems: list[Problem] = []
+    folder: FolderRecords | None = None
     num_readers = 1  # a dataset's rows are read from one file
-    if dataset_name is not None:
+    if streaming:
+        folder, num_readers = remote_records(str(source), num_workers=MAX_READERS), MAX_READERS
+    elif dataset_name is not None:
         total, read_record = hub_records(dataset_name, split)
     elif not source.is_dir():
         raise UsageError(f"{source} is not a folder; name one that holds audio.")
     elif is_dataset(source):
         total, read_record = disk_records(source, split)
     else:
-        total, read_record, problems = _folder_records(source)
-        num_readers = min(_MAX_READERS, os.cpu_count() or 1)
+        folder, num_readers = local_records(source), min(MAX_READERS, os.cpu_count() or 1)
+    if folder is not None:
+        total, read_record = folder.total, folder.read_record
+        problems = [Problem(name, reason, skipped=True) for name, reason in folder.unreadable]
+        problems += [Problem(name, warning, skipped=False) for name, warning in folder.warnings]
     order = list(range(total))
     if max_train_samples is not None:
         random.Random(seed).shuffle(order)
@@ -156,8 +170,8 @@ def load_tracks(
     def examine(index: int) -> _Examined:
         record = read_record(index)
         if genre_from_folder:
-            folder = PurePosixPath(str(record["id"])).parent.name or Path(source).absolute().name
-            fill_missing(record, {"genre": folder})
+            above = PurePosixPath(str(record["id"])).parent.name or Path(source).absolute().name
+            fill_missing(record, {"genre": above})
         return _examine(record)
 
     examined = map_in_order(examine, order, num_workers=num_readers)
@@ -212,45 +226,29 @@ def find_audio_files(folder: Path) -> list[Path]:
     return list_folder(folder).files
 
 
-def _folder_records(folder: Path) -> tuple[int, Callable[[int], dict], list[Problem]]:
-    """The number of audio files, a function that reads one's text, and what is wrong with the folder around them."""
-    listing = list_folder(folder)
-    names = [listing.relative(file) for file in listing.files]
-    table, warnings, used = read_tables(folder, listing.top_names, dataset_json_names(listing), names)
-    warnings += describe_unmatched([name for name in listing.unmatched if name not in used])
-    problems = [Problem(name, reason, skipped=True) for name, reason in listing.unreadable]
-    problems += [Problem(name, warning, skipped=False) for name, warning in sorted(warnings)]
-    return len(names), lambda index: _folder_record(listing, listing.files[index], table), problems
-
-
-def _folder_record(listing: FolderListing, file: Path, table: dict[str, dict]) -> dict:
-    record, warnings = read_sidecars(file.parent, listing.sidecars[file])
-    name = listing.relative(file)
-    fill_missing(record, table.get(name, {}))
-    return record | {"id": name, "audio": file, "warnings": warnings, "ask_file": True}
-
-
 def _examine(record: dict) -> _Examined:
     """Probe and hash the audio of a record, and ask the tags inside it for what is still missing."""
+    audio = record["audio"]
     try:
-        source = _source(record["audio"])
-        info = probe_audio(source)
-        digest = hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else sha256(source)
+        if isinstance(audio, RemoteAudio):
+            facts = remote_facts(audio)
+        else:
+            facts = read_facts(_source(audio), with_tags=record["ask_file"])
     except (AudioError, OSError) as error:
         return _Examined(record, refusal=str(error))
     if record["ask_file"]:
-        tags, warnings = read_file_tags(source)
-        record["warnings"] += warnings
-        fill_missing(record, tags)
-    return _Examined(record, info, digest)
+        record["warnings"] += facts.warnings
+        fill_missing(record, facts.tags)
+    return _Examined(record, facts)
 
 
 def _to_track(examined: _Examined, name: str, min_duration_s: float) -> tuple[Track | None, list[Problem]]:
     """Normalise the text of a record whose audio can be used."""
-    record, info = examined.record, examined.info
+    record, facts = examined.record, examined.facts
     problems = [Problem(name, warning, skipped=False) for warning in record["warnings"]]
-    if info is None:
+    if facts is None:
         return None, [*problems, Problem(name, examined.refusal, skipped=True)]
+    info = facts.info
     if info.duration_s < min_duration_s:
         reason = f"it is {info.duration_s:.1f} s long, shorter than the {min_duration_s:g} s asked for"
         return None, [*problems, Problem(name, reason, skipped=True)]
@@ -265,7 +263,7 @@ def _to_track(examined: _Examined, name: str, min_duration_s: float) -> tuple[Tr
         duration_s=info.duration_s,
         sample_rate=info.sample_rate,
         channels=info.channels,
-        sha256=examined.sha256,
+        sha256=facts.sha256,
     )
     return track, problems
 

@@ -97,6 +97,7 @@ def read_tracks(data: str, args: argparse.Namespace) -> tuple[list[Track], list[
         min_duration_s=args.min_duration_s,
         max_train_samples=args.max_train_samples,
         seed=args.seed,
+        streaming=args.streaming,
     )
     return train, held_out
 

@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..paths import cache_dir, check_addresses, default_data, default_model
 from ..storage.copies import is_remote
 from ..storage.names import KINDS, address_of, is_address
+from ..storage.remote_folder import can_stream
 from ..storage.s3 import parse_address, shown
 from .objective import timestep_shares
 from .optimizers import describe_optimizer
@@ -80,6 +81,7 @@ def choose_sources(args: argparse.Namespace) -> dict[str, str]:
     if data is None:
         args.train_data_dir, data_from = default_data(args.train_data_dir)
         data = args.train_data_dir
+    check_streaming(args.streaming, args.train_data_dir, args.validation_data_dir)
     output_from = "--output_dir" if args.output_dir else "from --exp_name" if args.exp_name else "from preset and data"
     if args.push_to_s3 is not None:
         if is_remote(args.output_dir or ""):
@@ -100,6 +102,14 @@ def choose_sources(args: argparse.Namespace) -> dict[str, str]:
         **({"Published": shown(args.push_to_s3)} if args.push_to_s3 else {}),
         "Optimizer": describe_optimizer(args.optimizer, learning_rate=args.learning_rate),
     }
+
+
+def check_streaming(streaming: bool, *data_dirs: str | None) -> None:
+    """Refuse `--streaming` of what is on this machine anyway, or is read by `datasets`."""
+    if streaming and not any(data_dir and can_stream(data_dir) for data_dir in data_dirs):
+        raise UsageError(
+            "--streaming fetches audio files of --train_data_dir s3://… or hf://…, and none is given; leave it out."
+        )
 
 
 def published_address(name: str) -> str:

@@ -107,6 +107,7 @@ def prepare_inputs(
     max_train_samples: int | None,
     min_duration_s: float,
     max_duration_s: float,
+    streaming: bool,
     strict: bool,
     latent_cache_dir: Path,
     text: TextOptions,
@@ -146,6 +147,7 @@ def prepare_inputs(
         min_duration_s=min_duration_s,
         max_train_samples=max_train_samples,
         seed=seed,
+        streaming=streaming,
         show_progress=accelerator.is_main_process,
     )
     report_problems(problems + doubts_about_text(tracks, text), strict=strict, say=accelerator.print)

@@ -1,6 +1,7 @@
 """What lies in a data folder: audio, its sidecars, what can't be listed. Each directory is listed once."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +35,7 @@ def list_folder(folder: Path) -> FolderListing:
 
     Links to folders are followed, each folder being read once.
     """
-    known = AUDIO_SUFFIXES | AV_SUFFIXES
-    files: list[Path] = []
-    sidecars: dict[Path, Sidecars] = {}
-    unmatched: list[str] = []
-    top_names: list[str] = []
+    directories: list[tuple[Path, list[str]]] = []
     unreadable: list[tuple[str, str]] = []
     seen = set()
 
@@ -53,8 +50,32 @@ def list_folder(folder: Path) -> FolderListing:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        directories.append((Path(directory), names))
+    return _describe(folder, directories, unreadable)
+
+
+def list_names(names: Iterable[str]) -> FolderListing:
+    """The listing that `list_folder` would make of a folder with files of these names (relative to it, with /). Its
+    paths are relative, too."""
+    directories: dict[str, list[str]] = {}
+    for name in names:
+        above, _, last = name.rpartition("/")
+        if not any(part.startswith(".") for part in above.split("/")):
+            directories.setdefault(above, []).append(last)
+    return _describe(Path(), [(Path(above), found) for above, found in directories.items()], [])
+
+
+def _describe(
+    folder: Path, directories: list[tuple[Path, list[str]]], unreadable: list[tuple[str, str]]
+) -> FolderListing:
+    """The listing of a folder, given the names of the files in each directory of it."""
+    known = AUDIO_SUFFIXES | AV_SUFFIXES
+    files: list[Path] = []
+    sidecars: dict[Path, Sidecars] = {}
+    unmatched: list[str] = []
+    top_names: list[str] = []
+    for here, names in directories:
         names = sorted(name for name in names if not name.startswith("."))
-        here = Path(directory)
         if here == folder:
             top_names = names
         audio = [name for name in names if Path(name).suffix.lower() in known]

@@ -25,6 +25,11 @@ Rows = Iterator[tuple[str, object]]
 Warnings = list[tuple[str, str]]
 
 
+def is_table(name: str) -> bool:
+    """Whether a file of this name, in a folder's top, is a table."""
+    return fold(name) == "metadata.jsonl" or fold(name).endswith(".csv")
+
+
 def read_tables(
     folder: Path, names: list[str], json_names: list[str], tracks: list[str]
 ) -> tuple[dict[str, dict], Warnings, set[str]]:
@@ -48,9 +53,8 @@ def read_tables(
     warnings: Warnings = []
     used: set[str] = set()
     locate = _Locator(tracks)
-    metadata = [name for name in sorted(names) if fold(name) == "metadata.jsonl"]
-    metadata += sorted(
-        (name for name in names if fold(name).endswith(".csv")), key=lambda n: fold(n) != "metadata.csv"
+    metadata = sorted(
+        filter(is_table, names), key=lambda n: (not fold(n).endswith(".jsonl"), fold(n) != "metadata.csv")
     )
     for name in [*metadata, *sorted(json_names)]:
         unreadable: list[str] = []
