@@ -163,6 +163,7 @@ def test_other_commands_name_the_file_too(disk, tmp_path, capsys):
     tiny_checkpoint.write_tiny_checkpoint(disk / "tiny")
 
 
+@pytest.mark.slow
 def test_a_process_that_may_not_write_large_files_ends_with_status_1(demo_dir, tmp_path):
     """Without a disk of its own: its files may not grow to the size of a sample, the largest that there is."""
     output, limit = tmp_path / "run", 300_000

@@ -21,6 +21,7 @@ def assert_complete(rows: list[dict], ways: tuple[str, ...]) -> None:
         assert (row["vs_first"] is None) == (row["way"] == ways[0])
 
 
+@pytest.mark.slow
 def test_all_ways_without_compilation_sound_alike():
     ways = ("diffusers", "diffusers_adapter", "adapter", "fused")
     rows = generate.measure(TINY, ways, generations=2)

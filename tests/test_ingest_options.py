@@ -134,6 +134,7 @@ def test_near_duplicates_are_named_and_can_be_dropped(demo_dir, tmp_path):
     assert [finding.track for finding in dropped.rejected] == ["the same.mp3"] and len(dropped.tracks) == 6
 
 
+@pytest.mark.slow
 def test_ray_builds_the_same_dataset(demo_dir, tmp_path, monkeypatch):
     contents = []
     for engine in ("local", "ray"):

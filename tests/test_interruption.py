@@ -84,7 +84,9 @@ def assert_goes_on_to_the_same_end(data, output, log, tmp_path, **changes):
     assert metrics(output) == metrics(tmp_path / "alone")
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)]
+)
 def test_one_process_stops_after_its_update(demo_dir, tmp_path, started, number, workers):
     """To the whole group, as a terminal, `timeout` or a supervisor sends it: the data's workers outlive it."""
     output = tmp_path / "run"
@@ -108,6 +110,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_update(demo_dir,
     assert find_checkpoint(output, "latest") == output / f"checkpoint-{done}"
 
 
+@pytest.mark.slow
 def test_torchrun_passes_a_signal_on(demo_dir, tmp_path, started):
     output = tmp_path / "run"
     process = started(TORCHRUN, demo_dir, output, dataloader_num_workers=1)

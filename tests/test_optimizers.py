@@ -24,7 +24,14 @@ def adam(name: str, parameters: list, *, learning_rate: float = 1e-2, **changes)
     return optimization.build_optimizer(parameters, optimizer=name, learning_rate=learning_rate, **settings)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# The other files' runs are of AdamW.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("adamw", "paged_adamw_8bit") else [])
+        for name in OPTIMIZERS
+    ],
+)
 def test_a_run_that_was_stopped_resumes_to_the_bit(demo_dir, tmp_path, name):
     """The uninterrupted run writes one checkpoint, the other three: that does not show either."""
     settings = RUN | {"optimizer": name, "learning_rate": None if name == "prodigy" else 1e-3}

@@ -48,7 +48,7 @@ def small_memory(monkeypatch):
     return set_size
 
 
-@pytest.mark.parametrize("windows", [1, 3])
+@pytest.mark.parametrize("windows", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_update_is_repeated_in_halves_and_a_resumed_run_remembers(
     demo_dir, tmp_path, unlimited, small_memory, windows, capsys
 ):

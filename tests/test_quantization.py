@@ -169,7 +169,8 @@ def test_a_run_on_a_quantised_base_resumes_to_the_bit(method, demo_dir, tmp_path
     assert ((output / WEIGHTS).read_bytes(), metrics(output)) == (whole, lines)
 
 
-@pytest.mark.parametrize("method", ("int8", pytest.param("nf4", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ("int8", "nf4"))
 def test_two_processes_are_one_with_twice_the_accumulation(method, demo_dir, tmp_path):
     settings = {"max_train_steps": 3, "lora_dropout": 0, "max_duration_s": 2, "base_quantization": method}
     settings |= {"gradient_checkpointing": True, "effective_batch_size": 2}

@@ -55,6 +55,7 @@ def test_a_small_run_finds_what_is_known(measured):
     assert "stratified" in benchmark.describe(measured)
 
 
+@pytest.mark.slow
 def test_larger_updates_vary_less(demo_dir):
     """A mean of n independent items has an n-th of the variance of one."""
     inputs = benchmark.load_inputs(demo_dir, seconds=2, max_tracks=6, rank=2)
@@ -67,6 +68,7 @@ def test_larger_updates_vary_less(demo_dir):
         assert 2.2 < ratio < 8, "about 4; more where the tracks differ, as an update has each at most once"
 
 
+@pytest.mark.slow
 def test_wrong_timesteps_are_noticed(demo_dir, monkeypatch):
     original = TimestepDistribution.from_uniform
     monkeypatch.setattr(TimestepDistribution, "from_uniform", lambda self, u: original(self, u**8))

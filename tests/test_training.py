@@ -167,6 +167,7 @@ def test_a_killed_run_resumes_to_the_bit(demo_dir, tmp_path):
     assert metrics(killed) == metrics(whole)
 
 
+@pytest.mark.slow
 def test_a_weighted_run_over_windows_resumes_to_the_bit(demo_dir, tmp_path, monkeypatch, capsys):
     """From the middle of an epoch, and of the rounds of windows: what was heard before is replayed."""
     weights, heard = (5.0, 1.0, 1.0, 1.0), []
@@ -274,6 +275,7 @@ def test_two_processes_see_different_noise_and_end_with_equal_adapters(demo_dir,
             assert torch.allclose(tensor, two[name], atol=2e-5), name
 
 
+@pytest.mark.slow
 def test_bf16_trains_and_is_heard(demo_dir, tmp_path, monkeypatch):
     """The path that GPUs take: frozen weights in bf16, float32 adapters, autocast; forced here, where it is slow."""
     monkeypatch.setattr(setup, "bf16_is_fast", lambda device: True)

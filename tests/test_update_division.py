@@ -42,7 +42,13 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("settings", [PLAIN, EVERYTHING], ids=["plain", "weighted, stratified, antithetic"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(PLAIN, id="plain", marks=pytest.mark.slow),
+        pytest.param(EVERYTHING, id="weighted, stratified, antithetic"),
+    ],
+)
 def test_one_forward_pass_of_four_or_four_of_one(unequal_dir, tmp_path, settings):
     together = gradient(unequal_dir, tmp_path / "4x1", **settings)
     assert_same(gradient(unequal_dir, tmp_path / "1x4", gradient_accumulation_steps=4, **settings), together)
@@ -56,6 +62,7 @@ def test_the_launchers_accumulation_does_not_divide_the_loss(unequal_dir, tmp_pa
     assert torch.equal(gradient(unequal_dir, tmp_path / "told", **PLAIN), alone)
 
 
+@pytest.mark.slow
 def test_four_processes(unequal_dir, tmp_path):
     process = start(
         unequal_dir,

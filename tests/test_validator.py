@@ -132,6 +132,7 @@ def test_flags_that_need_held_out_tracks_say_so(demo_dir, tmp_path, flag):
         train_here(demo_dir, tmp_path / "out", max_train_samples=1, **{flag: 2})
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(demo_dir, tmp_path):
     settings = SETTINGS | {
         "max_train_steps": 2,
