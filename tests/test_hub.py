@@ -312,7 +312,7 @@ def test_reading_what_is_not_there(hub, run_dir, tmp_path, capfd, monkeypatch):
     assert status == 2 and "refuses the token" in err and "hf_wrong" not in err
     for action in ("verify", "gc"):
         status, _, err = storage(capfd, action, "hf://tester/jazz")
-        assert status == 2 and "only push, pull and ls" in err
+        assert status == 2 and "only push, pull, sync and ls" in err
 
 
 def test_a_pull_checks_what_arrives_and_where_it_would_go(hub, run_dir, tmp_path):
@@ -380,6 +380,5 @@ def test_one_interface(hub, run_dir, tmp_path):
         interface.open("hf://tester/jazz/peft/other")
     copy = content(interface.pull("hf://tester/jazz", tmp_path / "copy", version="v1"))
     assert copy["peft/adapter_model.safetensors"] == b"peft"
-    for arguments, said in ((("sync", run_dir, "hf://tester/jazz"), "push and pull"), (("list", "gs://a"), "hf://")):
-        with pytest.raises(UsageError, match=said):
-            getattr(interface, arguments[0])(*arguments[1:])
+    with pytest.raises(UsageError, match="hf://"):
+        interface.list("gs://a")

@@ -14,7 +14,6 @@ def push(args: argparse.Namespace, address: str) -> int:
 
     if args.include_checkpoints:
         raise UsageError("--include_checkpoints: checkpoints and optimizer state are not published on the Hub.")
-    _check_bandwidth(args)
     wanted = parse_hub_address(address)
     release = push_to_hub(
         args.directory,
@@ -23,6 +22,7 @@ def push(args: argparse.Namespace, address: str) -> int:
         tag=args.version,
         message=args.message,
         num_workers=args.num_workers,
+        max_bytes_per_s=args.max_bandwidth,
     )
     if release.left_out:
         print(f"Left out {len(release.left_out)} files, e.g. {one_line(release.left_out[0])}")
@@ -41,9 +41,14 @@ def pull(args: argparse.Namespace, address: str) -> int:
     from ..storage.hub_pull import pull_from_hub
     from ..storage.on_hub import at_version
 
-    _check_bandwidth(args)
     wanted = at_version(parse_hub_address(address), args.version)
-    listing, size = pull_from_hub(wanted, args.directory, force=args.force, num_workers=args.num_workers)
+    listing, size = pull_from_hub(
+        wanted,
+        args.directory,
+        force=args.force,
+        num_workers=args.num_workers,
+        max_bytes_per_s=args.max_bandwidth,
+    )
     print(
         f"{one_line(str(args.directory))} is {wanted}: commit {listing.commit[:12]}, {len(listing.files)} files, "
         f"{size / 1e6:.1f} MB, each with its hash"
@@ -64,8 +69,3 @@ def ls(address: str) -> int:
     for file in listing.files:
         print(f"{file.size:>14,}  {(file.lfs.sha256 if file.lfs else file.blob_id)[:12]}  {one_line(file.path)}")
     return 0
-
-
-def _check_bandwidth(args: argparse.Namespace) -> None:
-    if args.max_bandwidth:
-        raise UsageError("--max_bandwidth doesn't reach the Hub's transfers; leave it out.")

@@ -50,10 +50,11 @@ def add_arguments(actions: argparse._SubParsersAction, add: Callable[..., argpar
     action.add_argument("--force", action="store_true", help="replace a folder that an earlier pull brought")
     _add_transfer_arguments(action)
 
-    action = add(actions, "sync", "make a folder or an s3:// prefix hold the files of another, under their "
-                 "plain names, as `aws s3 sync` does", _sync)  # fmt: skip
-    action.add_argument("source", help="a folder's path, or s3://bucket/prefix; of a release, its files")
-    action.add_argument("target", help="the same; it holds no releases")
+    action = add(actions, "sync", "make a folder, an s3:// prefix or a repository of the Hub hold the files of "
+                 "another, under their plain names, as `aws s3 sync` does", _sync)  # fmt: skip
+    action.add_argument("source", help="a folder's path, s3://bucket/prefix or hf://[datasets/]user/name[@revision]; "
+                        "of a release, its files")  # fmt: skip
+    action.add_argument("target", help="the same; it holds no releases; a new repository is private")
     action.add_argument("--delete", action="store_true", help="remove from the target what the source does not have")
     action.add_argument("--dry-run", action="store_true", help="only say what would be done")
     action.add_argument("--checksum", action="store_true", help="compare the content of files of equal size, whatever "

@@ -32,7 +32,7 @@ from .stores import Store, open_store
 from .transfer_progress import UNCOUNTED, ByteCount, counting, small_and_large
 
 # Holds, in a folder that is being written, what is on its way; gone when all has arrived.
-SYNC_FOLDER, _ARRIVING = ".ace-step-sync", "arriving"
+SYNC_FOLDER, ARRIVING = ".ace-step-sync", "arriving"
 _OWN_FOLDERS = {PULL_FOLDER, SYNC_FOLDER}
 # What `files.write_atomically` and a FolderStore call what is half-written.
 _HALF_WRITTEN = ".partial-"
@@ -103,7 +103,7 @@ def sync_folder(
             there is no room, or S3 or the file system refuses.
         RunError: the connection broke, or a file changed meanwhile; what has arrived is kept.
     """
-    _check_apart(source, target)
+    check_apart(source, target)
     origin, goal = look(source, num_workers=num_workers), look(target, num_workers=num_workers)
     if not origin.files:
         raise UsageError(f"{shown(source)} holds no files; name a folder that does.")
@@ -116,7 +116,7 @@ def sync_folder(
     size = sum(origin.files[name].size for name in todo)
     if not dry_run and todo:
         with (
-            _receiving(goal, size),
+            receiving(goal, size),
             counting(size, "Syncing", show_progress=show_progress, max_bytes_per_s=max_bytes_per_s) as count,
         ):
 
@@ -127,11 +127,11 @@ def sync_folder(
                 for _ in small_and_large(move, part, lambda name: origin.files[name].size, num_workers=num_workers):
                     pass
     if not dry_run and surplus:
-        _remove(goal, surplus, num_workers)
+        remove_files(goal, surplus, num_workers)
     return SyncReport(tuple(sorted(todo)), tuple(surplus), len(origin.files) - len(todo), size)
 
 
-def _check_apart(source: str, target: str) -> None:
+def check_apart(source: str, target: str) -> None:
     """Refuse a place within the other: what is written would be read again."""
     places = [
         each.rstrip("/") if is_remote(each) else str(Path(each).expanduser().resolve()) for each in (source, target)
@@ -241,7 +241,7 @@ def _by_content(origin: Side, goal: Side, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _receiving(goal: Side, size: int) -> Iterator[None]:
+def receiving(goal: Side, size: int) -> Iterator[None]:
     """Alone with a folder that is written, which has room for so many bytes."""
     if not goal.is_local:
         yield
@@ -258,14 +258,14 @@ def _receiving(goal: Side, size: int) -> Iterator[None]:
         own.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(own / "lock", timeout=0):
-                if (own / _ARRIVING).is_symlink():
-                    raise UsageError(f"{one_line(str(own / _ARRIVING))} is a link; remove it.")
-                (own / _ARRIVING).mkdir(exist_ok=True)
-                keep_unfinished(own / _ARRIVING)
+                if (own / ARRIVING).is_symlink():
+                    raise UsageError(f"{one_line(str(own / ARRIVING))} is a link; remove it.")
+                (own / ARRIVING).mkdir(exist_ok=True)
+                keep_unfinished(own / ARRIVING)
                 try:
                     yield
                 finally:
-                    keep_unfinished(own / _ARRIVING)
+                    keep_unfinished(own / ARRIVING)
         except Timeout:
             raise UsageError(f"{one_line(str(root))} is being written by another sync; wait for it.") from None
         shutil.rmtree(own, ignore_errors=True)
@@ -274,7 +274,7 @@ def _receiving(goal: Side, size: int) -> Iterator[None]:
 def _move(origin: Side, goal: Side, name: str, *, count: ByteCount, threads: int) -> None:
     stored = origin.files[name]
     if goal.is_local:
-        partial = goal.store.root / SYNC_FOLDER / _ARRIVING / hashlib.sha256(name.encode()).hexdigest()
+        partial = goal.store.root / SYNC_FOLDER / ARRIVING / hashlib.sha256(name.encode()).hexdigest()
         _fetch(origin, name, partial, count=count, threads=threads)
         modified = stored.modified
         if not origin.is_local and modified > origin.store.listed_at - _DATE_S:
@@ -304,7 +304,8 @@ def _fetch(origin: Side, name: str, path: Path, *, count: ByteCount, threads: in
         origin.store.fetch(stored, path, count=count, threads=threads)
 
 
-def _remove(goal: Side, names: list[str], num_workers: int) -> None:
+def remove_files(goal: Side, names: list[str], num_workers: int) -> None:
+    """Remove files of a place, and the folders that are empty then."""
     if not goal.is_local:
         for _ in map_in_order(lambda name: goal.store.delete([name]), names, num_workers=num_workers):
             pass

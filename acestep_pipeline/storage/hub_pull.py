@@ -15,6 +15,7 @@ from .copies import NUM_WORKERS, file_errors
 from .hub import NothingThere, hub_errors, open_hub
 from .hub_address import HubAddress
 from .hub_push import matches
+from .hub_rate import check_limited_sizes, hub_rate
 from .release_manifest import MANIFEST_NAME, check_names
 
 # What huggingface_hub keeps beside the files while they arrive.
@@ -55,7 +56,12 @@ def list_repository(address: HubAddress) -> Listing:
 
 
 def pull_from_hub(
-    address: HubAddress, directory: Path, *, force: bool = False, num_workers: int = NUM_WORKERS
+    address: HubAddress,
+    directory: Path,
+    *,
+    force: bool = False,
+    num_workers: int = NUM_WORKERS,
+    max_bytes_per_s: float | None = None,
 ) -> tuple[Listing, int]:
     """Make `directory` hold a repository, at the revision of the address.
 
@@ -65,6 +71,7 @@ def pull_from_hub(
         address: of a whole repository.
         directory: new or empty.
         num_workers: requests at a time.
+        max_bytes_per_s: limit of the rate, of all requests together.
         force: replace what an earlier pull of this repository brought, if it was not changed.
 
     Returns:
@@ -81,6 +88,7 @@ def pull_from_hub(
         raise UsageError(f"{address} names a part of a repository; pull all of it, {address.repository}.")
     listing = list_repository(address)
     check_names((file.path for file in listing.files if file.path != MANIFEST_NAME), str(address))
+    check_limited_sizes({file.path: file.size for file in listing.files}, max_bytes_per_s)
     directory = Path(directory).expanduser().absolute()
     name, total = one_line(str(directory)), sum(file.size for file in listing.files)
     with file_errors(directory):
@@ -95,7 +103,8 @@ def pull_from_hub(
             raise UsageError(f"{name}: {total / 1e9:.1f} GB are to come, and there is less room; make room.")
         try:
             with FileLock(directory.with_name(f".partial-{directory.name}.lock"), timeout=0):
-                _fetch(address, listing, partial, num_workers)
+                with hub_rate(max_bytes_per_s):
+                    _fetch(address, listing, partial, num_workers)
                 shutil.rmtree(partial / _OWN_FOLDER, ignore_errors=True)
                 if directory.is_dir():
                     shutil.rmtree(directory)

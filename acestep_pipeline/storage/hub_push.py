@@ -21,6 +21,7 @@ from .copies import NUM_WORKERS
 from .hub import endpoint, hub_errors, open_hub, token_fix
 from .hub_address import HubAddress
 from .hub_files import CARD_NAME, belongs, choose_files
+from .hub_rate import hub_rate
 
 _TAG = re.compile(r"(?!\.)[\w.+-]{1,100}(?<!\.lock)", re.ASCII)
 _MAY_WRITE = ("repo.write", "repo.content.write")
@@ -93,6 +94,7 @@ def push_to_hub(
     tag: str | None = None,
     message: str | None = None,
     num_workers: int = NUM_WORKERS,
+    max_bytes_per_s: float | None = None,
 ) -> HubRelease:
     """Publish an adapter directory or a dataset as one commit; nothing is sent if nothing has changed.
 
@@ -103,6 +105,7 @@ def push_to_hub(
         tag: for the commit; it may exist if it is of this same commit.
         message: the commit's.
         num_workers: uploads at a time.
+        max_bytes_per_s: limit of the rate, of all requests together.
 
     Raises:
         UsageError: as `check_may_push`, and for a folder that can't be published there.
@@ -114,10 +117,10 @@ def push_to_hub(
     check_may_push(address, private=private)
     repository = {"repo_id": address.repo_id, "repo_type": address.repo_type}
     branch = address.revision or "main"
-    with hub_errors(address, writing=True):
+    with hub_rate(max_bytes_per_s), hub_errors(address, writing=True):
         api = open_hub()
         api.create_repo(**repository, private=private or None, exist_ok=True)
-        head = _head(api, repository, branch)
+        head = find_head(api, repository, branch)
         entries = api.list_repo_tree(**repository, recursive=True, revision=head)
         there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         changed = {name: file for name, file in files.items() if not _is_same(file, there.get(name))}
@@ -178,7 +181,7 @@ def _tags(api: HfApi, address: HubAddress) -> dict[str, str]:
     return {tag.name: tag.target_commit for tag in refs.tags}
 
 
-def _head(api: HfApi, repository: dict, branch: str) -> str:
+def find_head(api: HfApi, repository: dict, branch: str) -> str:
     """The latest commit of a branch, which is made if need be."""
     try:
         return api.repo_info(**repository, revision=branch).sha

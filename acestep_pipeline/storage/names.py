@@ -34,8 +34,8 @@ def address_of(name: str, *, partly: bool = False) -> str:
     check_addresses(name, root)
     if is_on_hub(name):
         raise UsageError(
-            f"{one_line(name)} is on the Hub, which keeps the history and checks the content itself: only push, pull "
-            "and ls go there."
+            f"{one_line(name)} is on the Hub, which keeps the history and checks the content itself: only push, pull, "
+            "sync and ls go there."
         )
     if is_address(name):
         return name

@@ -10,21 +10,21 @@ from .hub import NothingThere, hub_copy
 from .hub_address import HubAddress, parse_hub_address
 from .hub_pull import list_repository, pull_from_hub
 from .hub_push import push_to_hub
+from .hub_sync import sync_with_hub
+
+sync = sync_with_hub
 
 
 def pull(source: str, directory: Path, *, version: str | None, **options) -> Path:
-    pull_from_hub(at_version(parse_hub_address(source), version), directory, **_known(options, "force", "num_workers"))
+    known = _known(options, "force", "num_workers", "max_bytes_per_s")
+    pull_from_hub(at_version(parse_hub_address(source), version), directory, **known)
     return directory
 
 
 def push(directory: Path, target: str, *, version: str | None, **options) -> str:
-    known = _known(options, "message", "private", "num_workers")
+    known = _known(options, "message", "private", "num_workers", "max_bytes_per_s")
     release = push_to_hub(directory, parse_hub_address(target), tag=version, **known)
     return version or release.commit
-
-
-def sync(source: str, target: str, **options) -> None:
-    raise UsageError("sync copies between folders and S3; push and pull what is on the Hub.")
 
 
 def list_files(location: str) -> list[Stored]:

@@ -16,7 +16,7 @@ from .hub_address import is_on_hub, parse_hub_address
 from .s3 import open_client, parse_address, s3_errors, shown
 from .s3_downloads import fetch
 from .s3_listing import list_files
-from .transfer_progress import UNCOUNTED
+from .transfer_progress import UNCOUNTED, ByteCount
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Identity:
 class RemoteFolder:
     """What lay at the address `place` when it was listed: `files` by their names, relative to it.
 
-    `_fetch(name, path)` brings one file to a path, whole and checked; `_keep(names)` brings files into the local copy
-    that `copies.local_copy` would make, and gives its folder.
+    `fetch(name, path, count)` brings one file to a path, whole and checked; `_keep(names)` brings files into the local
+    copy that `copies.local_copy` would make, and gives its folder.
     """
 
     place: str
     files: dict[str, Identity]
-    _fetch: Callable[[str, Path], None]
+    fetch: Callable[[str, Path, ByteCount], None]
     _keep: Callable[[set[str]], Path]
 
     @contextlib.contextmanager
@@ -53,7 +53,7 @@ class RemoteFolder:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ace-step-")))
                 check_room(folder, self.files[name].size)
                 path = folder / PurePosixPath(name).name
-                self._fetch(name, path)
+                self.fetch(name, path, UNCOUNTED)
             yield path
 
     def keep(self, names: Iterable[str]) -> Path:
@@ -84,9 +84,9 @@ def _on_s3(address: str, num_workers: int) -> RemoteFolder:
     if not files:
         raise UsageError(f"{shown(address)} holds no files; name a folder of the bucket that does.")
 
-    def bring(name: str, path: Path) -> None:
+    def bring(name: str, path: Path, count: ByteCount) -> None:
         with s3_errors(f"s3://{bucket}/{folder}{name}"):
-            fetch(client, bucket, files[name], path, threads=1, count=UNCOUNTED)
+            fetch(client, bucket, files[name], path, threads=1, count=count)
 
     return RemoteFolder(
         address,
@@ -114,13 +114,18 @@ def _on_hub(address: str) -> RemoteFolder:
     check_names((name for name in files if name != MANIFEST_NAME), str(wanted))
     repository = {"repo_type": wanted.repo_type, "revision": listing.commit}
 
-    def bring(name: str, path: Path) -> None:
-        with hub_errors(f"{wanted}/{one_line(name)}"):
-            arrived = hf_hub_download(
-                wanted.repo_id, below + name, **repository, local_dir=path.parent / "arriving", tqdm_class=silent_tqdm
-            )
-        os.replace(arrived, path)
+    def bring(name: str, path: Path, count: ByteCount) -> None:
+        class Counted(silent_tqdm):
+            """A bar that counts instead of being drawn."""
+
+            def update(self, size: int | None = 1) -> None:
+                count.skip(int(size))
+
+        with hub_errors(f"{wanted}/{one_line(name)}"), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            arrived = hf_hub_download(wanted.repo_id, below + name, **repository, local_dir=folder, tqdm_class=Counted)
+            os.replace(arrived, path)
         if not matches(path, files[name]):
+            path.unlink()
             raise RunError(f"{wanted}/{one_line(name)} arrived with another hash than it has; run it again.")
 
     def keep(names: set[str]) -> Path:
