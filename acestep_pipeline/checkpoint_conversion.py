@@ -7,7 +7,7 @@ Original layout: `<dit>/config.json`, `<dit>/model.safetensors` (or shards with 
 import contextlib
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,12 +233,18 @@ def _iter_weights(dit: Path, names: bool = False) -> Iterator[tuple[str, object]
             raise UsageError(f"{dit / name} is damaged ({error}); download it again.") from error
 
 
-def load_dit_components(dit: Path, torch_dtype: torch.dtype | None = torch.float32) -> dict[str, torch.nn.Module]:
+def load_dit_components(
+    dit: Path,
+    torch_dtype: torch.dtype | None = torch.float32,
+    *,
+    wanted: Iterable[str] = tuple(DIT_CLASSES),
+) -> dict[str, torch.nn.Module]:
     """Build the transformer, condition encoder, audio tokenizer and detokenizer from an original DiT folder.
 
     Args:
         dit: folder with `config.json`, weights and `silence_latent.pt`.
         torch_dtype: dtype of the parameters; None leaves them in that of the file, and mapped to it.
+        wanted: the only components to build; of the others nothing is read.
 
     Returns:
         The modules by pipeline component name, in eval mode, on the CPU.
@@ -254,9 +260,10 @@ def load_dit_components(dit: Path, torch_dtype: torch.dtype | None = torch.float
             component, name = convert_key(key)
         except ValueError as error:
             raise UsageError(f"{dit} is not an ACE-Step 1.5 DiT: {error}.") from error
-        state_dicts[component][name] = tensor if torch_dtype is None else tensor.to(torch_dtype)
+        if component in wanted:
+            state_dicts[component][name] = tensor if torch_dtype is None else tensor.to(torch_dtype)
     silence = _read_silence_latent(dit / SILENCE_LATENT_NAME)
-    parameter = next(iter(state_dicts["transformer"].values()), silence)
+    parameter = next((tensor for state in state_dicts.values() for tensor in state.values()), silence)
     state_dicts["condition_encoder"]["silence_latent"] = silence.to(parameter.dtype)
 
     try:
@@ -265,7 +272,7 @@ def load_dit_components(dit: Path, torch_dtype: torch.dtype | None = torch.float
         raise UsageError(f"{dit / 'config.json'} has no {error}: it is not an ACE-Step 1.5 DiT's.") from error
     components = {}
     for component, arguments in arguments_of.items():
-        if component.startswith("audio_") and not state_dicts[component]:
+        if component not in wanted or (component.startswith("audio_") and not state_dicts[component]):
             continue
         with torch.device("meta"):
             module = DIT_CLASSES[component](**arguments)
@@ -279,7 +286,8 @@ def load_dit_components(dit: Path, torch_dtype: torch.dtype | None = torch.float
         components[component] = module.eval().requires_grad_(False)
     # diffusers' config has no place for the training distribution of timesteps; training reads it from here.
     timesteps = {name: config[name] for name in ("timestep_mu", "timestep_sigma") if name in config}
-    components["transformer"].register_to_config(**timesteps)
+    if "transformer" in components:
+        components["transformer"].register_to_config(**timesteps)
     return components
 
 
@@ -326,9 +334,20 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
 
 
-def load_original(checkpoint: OriginalCheckpoint, *, torch_dtype: torch.dtype, vae_dtype: torch.dtype) -> dict:
-    """All pipeline components of an original-layout checkpoint, as keyword arguments of the pipeline's class."""
-    components = load_dit_components(checkpoint.dit, torch_dtype)
+def load_original(
+    checkpoint: OriginalCheckpoint,
+    *,
+    torch_dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    transformer: torch.nn.Module | None = None,
+) -> dict:
+    """All pipeline components of an original-layout checkpoint, as keyword arguments of the pipeline's class.
+
+    A `transformer` that is given is not loaded.
+    """
+    wanted = [name for name in DIT_CLASSES if transformer is None or name != "transformer"]
+    components = load_dit_components(checkpoint.dit, torch_dtype, wanted=wanted)
+    components.setdefault("transformer", transformer)
     components.setdefault("audio_tokenizer", None)
     components.setdefault("audio_token_detokenizer", None)
     components["vae"] = load_vae(checkpoint.vae, vae_dtype)

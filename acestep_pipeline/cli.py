@@ -10,7 +10,7 @@ from . import doctor
 from .commands import adapters as adapters_command
 from .commands import generate as generate_command
 from .commands import storage as storage_command
-from .commands.model_arguments import add_model_arguments, load_pipeline
+from .commands.model_arguments import add_model_arguments, open_encoders
 from .errors import UsageError, one_sentence_errors
 from .paths import cache_dir, check_addresses, default_data
 from .presets import preset_names
@@ -140,13 +140,14 @@ def _cache(args: argparse.Namespace) -> int:
     check_streaming(args.streaming, data)
     print(f"Data: {data} ({said})", flush=True)
     tracks, problems = load_tracks(data, min_duration_s=args.min_duration_s, streaming=args.streaming)
-    pipeline = load_pipeline(args, to_encode=True)
-    cache = LatentCache(args.latent_cache_dir or cache_dir() / "latents", pipeline, text)
+    directory = args.latent_cache_dir or cache_dir() / "latents"
+    encoders = open_encoders(args, directory)
+    cache = LatentCache(directory, encoders, text)
     cached, found = prepare_tracks(cache, tracks, max_duration_s=args.max_duration_s)
     problems += doubts_about_text(tracks, text) + found
     if problems:
         print("\n".join(describe_problems(problems)))
-    minutes = sum(entry.num_frames for entry in cached) / pipeline.latents_per_second / 60
+    minutes = sum(entry.num_frames for entry in cached) / encoders.facts.latents_per_second / 60
     print(f"{len(cached)} tracks, {minutes:.1f} min, are cached in {cache.latents_dir.parent}")
     return 0 if cached else 2
 
@@ -184,8 +185,8 @@ def _tiny_checkpoint(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     from .checkpoint_conversion import OriginalCheckpoint
+    from .checkpoint_source import resolve_checkpoint
     from .checkpoint_writing import write_diffusers_checkpoint
-    from .pipeline import resolve_checkpoint
     from .tiny_checkpoint import size_bytes
 
     source = resolve_checkpoint(args.source, variant_dir=args.variant_dir, revision=args.revision)

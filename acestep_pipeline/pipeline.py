@@ -1,11 +1,9 @@
 """`ACEStepPipeline`: diffusers' `AceStepPipeline` that loads every checkpoint layout and says what is wrong."""
 
 import contextlib
-import fnmatch
 import functools
 import inspect
 import os
-from pathlib import Path
 
 import torch
 from diffusers import AceStepPipeline
@@ -17,31 +15,12 @@ from .adapters.formats.install import diffusers_state, free_name, install_factor
 from .adapters.formats.locate import load_adapter
 from .adapters.switching import AdapterSwitching
 from .adapters.weights import check_not_fused
-from .checkpoint_conversion import (
-    SILENCE_LATENT_NAME,
-    TEXT_ENCODER_DIR,
-    VAE_DIR,
-    WEIGHTS_INDEX_NAME,
-    OriginalCheckpoint,
-    load_original,
-    locate_original,
-)
+from .checkpoint_conversion import OriginalCheckpoint, load_original
+from .checkpoint_source import resolve_checkpoint
 from .condition_mask import padding_hidden
 from .errors import UsageError
 from .progress import quiet_loading
 from .prompt_fields import checked_request
-from .storage.copies import local_copy
-from .storage.hub import download, looks_like_path
-from .storage.hub_address import is_on_hub, parse_hub_address
-from .tiny_checkpoint import TINY_NAME, tiny_checkpoint_path
-
-# The repository that holds the VAE and the text encoder which every 2 B variant shares.
-SHARED_COMPONENTS_REPO = "ACE-Step/Ace-Step1.5"
-
-MODEL_INDEX_NAME = "model_index.json"
-# What is downloaded: the components' files of a diffusers checkpoint, and the files of an original DiT's folder.
-DIFFUSERS_PATTERNS = ("*/*.json", "*/*.safetensors", "*/*.txt")
-DIT_PATTERNS = ("config.json", "model*.safetensors", WEIGHTS_INDEX_NAME, SILENCE_LATENT_NAME)
 
 # Encoding in tiles of 5 s: larger ones are half as fast on a CPU (glibc maps buffers above 32 MB anew each time) and
 # cost memory on a GPU. An Oobleck encoder frame depends on less than 0.3 s of audio to either side (3 residual units
@@ -135,6 +114,7 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
         vae_dtype: torch.dtype | None = None,
         revision: str | None = None,
         cache_dir: str | None = None,
+        transformer: torch.nn.Module | None = None,
         **kwargs,
     ) -> "ACEStepPipeline":
         """Load a checkpoint.
@@ -147,6 +127,7 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
             vae_dtype: dtype of the VAE; `torch_dtype` if None.
             revision: branch, tag or commit on the Hub.
             cache_dir: the Hub's download cache.
+            transformer: one that is loaded already; None loads the checkpoint's.
             kwargs: for diffusers' `from_pretrained` (diffusers layout only).
 
         Raises:
@@ -158,7 +139,10 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
         )
         with quiet_loading():
             if isinstance(source, OriginalCheckpoint):
-                return cls(**load_original(source, torch_dtype=torch_dtype, vae_dtype=vae_dtype))
+                dtypes = {"torch_dtype": torch_dtype, "vae_dtype": vae_dtype}
+                return cls(**load_original(source, **dtypes, transformer=transformer))
+            if transformer is not None:
+                kwargs["transformer"] = transformer
             try:
                 return super().from_pretrained(source, dtype={"default": torch_dtype, "vae": vae_dtype}, **kwargs)
             except (OSError, ValueError, SafetensorError) as error:
@@ -270,97 +254,3 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
         except (RuntimeError, ValueError, OSError, SafetensorError) as error:
             what = " ".join(str(error).split())[:400].rstrip(".")
             raise UsageError(f"the adapter {name} doesn't load into this checkpoint: {what}.") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where a checkpoint is
-
-
-def resolve_checkpoint(
-    name: str, *, variant_dir: str | None = None, revision: str | None = None, cache_dir: str | None = None
-) -> Path | OriginalCheckpoint:
-    """Turn what the user named into files on disk, downloading what is on S3 or the Hub, and no more than is needed.
-
-    Returns:
-        A folder in diffusers layout, or the parts of an original-layout checkpoint.
-
-    Raises:
-        UsageError: it is neither, or can't be reached.
-    """
-    if name == TINY_NAME:
-        return tiny_checkpoint_path()
-    if name.startswith("s3://"):
-        return _resolve_s3(name, variant_dir)
-    if is_on_hub(name):
-        address = parse_hub_address(name, kind="model")
-        if address.folder:
-            raise UsageError(f"{name} names a folder; write {address.repository}, and which DiT with --variant_dir.")
-        return _resolve_hub(
-            address.repo_id, variant_dir=variant_dir, revision=address.revision or revision, cache_dir=cache_dir
-        )
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _resolve_folder(folder, variant_dir)
-    if folder.exists() or looks_like_path(name):
-        raise UsageError(f"the checkpoint {name!r} is not a folder, not a Hub id (user/name), and not 'tiny'.")
-    return _resolve_hub(name, variant_dir=variant_dir, revision=revision, cache_dir=cache_dir)
-
-
-def _resolve_folder(folder: Path, variant_dir: str | None) -> Path | OriginalCheckpoint:
-    if not (folder / MODEL_INDEX_NAME).is_file():
-        return locate_original(folder, variant_dir)
-    required = ("vae", "text_encoder", "tokenizer", "transformer", "condition_encoder", "scheduler")
-    missing = [component for component in required if not (folder / component).is_dir()]
-    if missing:
-        raise UsageError(f"the checkpoint {folder} misses {', '.join(missing)}; download or copy it again, complete.")
-    return folder
-
-
-def _resolve_s3(address: str, variant_dir: str | None) -> Path | OriginalCheckpoint:
-    def choose(names: list[str]) -> list[str]:
-        patterns = [MODEL_INDEX_NAME, *DIFFUSERS_PATTERNS]
-        if MODEL_INDEX_NAME not in names:
-            dits = sorted(
-                name.removesuffix(f"/{SILENCE_LATENT_NAME}") for name in names if f"/{SILENCE_LATENT_NAME}" in name
-            )
-            if variant_dir not in dits and not (variant_dir is None and len(dits) == 1):
-                missing = f"no ACE-Step 1.5 DiT in {variant_dir!r}" if variant_dir else "no single ACE-Step 1.5 DiT"
-                raise UsageError(
-                    f"{address} holds {missing} (found: {', '.join(dits) or 'none'}); choose one with --variant_dir."
-                )
-            patterns = [f"{variant_dir or dits[0]}/{pattern}" for pattern in DIT_PATTERNS]
-            patterns += [f"{VAE_DIR}/*", f"{TEXT_ENCODER_DIR}/*"]
-        return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-
-    return _resolve_folder(local_copy(address, choose=choose), variant_dir)
-
-
-def _resolve_hub(
-    name: str, *, variant_dir: str | None, revision: str | None, cache_dir: str | None
-) -> Path | OriginalCheckpoint:
-    """Find out what a repository holds from a few small files, then download what is needed of it."""
-
-    def fetch(repo: str, patterns: list[str], *, partly: bool = False) -> Path:
-        at = revision if repo == name else None
-        return download(repo, patterns, revision=at, cache_dir=cache_dir, partly=partly)
-
-    probe = fetch(name, [MODEL_INDEX_NAME, f"{VAE_DIR}/config.json", f"*{SILENCE_LATENT_NAME}"], partly=True)
-    if (probe / MODEL_INDEX_NAME).is_file():
-        return _resolve_folder(fetch(name, [MODEL_INDEX_NAME, *DIFFUSERS_PATTERNS]), variant_dir)
-    # "." is a DiT at the top of the repository.
-    dits = sorted(path.parent.relative_to(probe).as_posix() for path in probe.rglob(SILENCE_LATENT_NAME))
-    held = ", ".join(dits) or "none"
-    if variant_dir is None and len(dits) != 1:
-        raise UsageError(f"{name} on the Hub holds no single ACE-Step 1.5 DiT (found: {held}); give --variant_dir.")
-    folder = variant_dir or dits[0]
-    # The base and sft DiTs have repositories of their own, named like the variant, by the same owner.
-    dit_repo, folder = (name, folder) if folder in dits else (f"{name.split('/')[0]}/{folder}", ".")
-    try:
-        dit = fetch(dit_repo, [(Path(folder) / pattern).as_posix() for pattern in DIT_PATTERNS]) / folder
-    except UsageError as error:
-        if dit_repo == name:
-            raise
-        raise UsageError(f"{name} holds no {variant_dir!r} (found: {held}), and {error}") from error
-    shared_repo = name if (probe / VAE_DIR / "config.json").is_file() else SHARED_COMPONENTS_REPO
-    shared = fetch(shared_repo, [f"{VAE_DIR}/*", f"{TEXT_ENCODER_DIR}/*"])
-    return OriginalCheckpoint(dit=dit, vae=shared / VAE_DIR, text_encoder=shared / TEXT_ENCODER_DIR)

@@ -32,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from acestep_pipeline import ACEStepPipeline
 from acestep_pipeline.conditioning import encode_condition
 from acestep_pipeline.data.audio import read_audio, write_audio
+from acestep_pipeline.data.cache_files import write_cache_file
+from acestep_pipeline.data.encoders import Encoders
 from acestep_pipeline.data.latent_cache import (
     CachedTrack,
     LatentCache,
@@ -39,7 +41,6 @@ from acestep_pipeline.data.latent_cache import (
     load_latents,
     prepare_tracks,
     prompt_fields,
-    write_cache_file,
 )
 from acestep_pipeline.data.tracks import Track, load_tracks
 from acestep_pipeline.errors import RunError, UsageError, one_sentence_errors
@@ -157,7 +158,7 @@ def fill_naively(pipeline: ACEStepPipeline, tracks: list[Track], folder: Path, c
 
 def fill_our_way(pipeline: ACEStepPipeline, tracks: list[Track], folder: Path, clock: Clock) -> list[CachedTrack]:
     """With the package."""
-    cache = TimedCache(folder, pipeline)
+    cache = TimedCache(folder, Encoders.of(pipeline))
     cache.clock = clock
     clock.start()
     cached, problems = prepare_tracks(cache, tracks, max_duration_s=240.0, show_progress=False)
@@ -177,7 +178,7 @@ def measure(case: Case) -> list[dict]:
         for fill in (fill_naively, fill_our_way):
             fill(pipeline, music[:1], root / f"warm-up-{fill.__name__}", Clock(device))
         started = time.perf_counter()
-        LatentCache(root / "hashed", pipeline)
+        LatentCache(root / "hashed", Encoders.of(pipeline))
         hashing_s = time.perf_counter() - started
         for number in range(case.rounds):
             for way in WAYS[:: -1 if number % 2 else 1]:

@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from acestep_pipeline.adapters.settings import LoraSettings
 from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.data.batching import BatchLoader, DrawSettings, EpochPlanner
+from acestep_pipeline.data.cache_files import read_header, write_cache_file
 from acestep_pipeline.data.demo_music import render_demo_dataset
-from acestep_pipeline.data.latent_cache import CachedTrack, Window, read_header, write_cache_file
+from acestep_pipeline.data.latent_cache import CachedTrack, Window
 from acestep_pipeline.estimation.compute_time import pass_work
 from acestep_pipeline.estimation.memory_use import Batch, Precision, inspect_adapter, predict_update
 from acestep_pipeline.estimation.model_shapes import SHAPES

@@ -27,8 +27,9 @@ from acestep_pipeline.adapters.settings import LoraSettings
 from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.condition_mask import ConditionMask
 from acestep_pipeline.data import batching
+from acestep_pipeline.data.cache_files import write_cache_file
 from acestep_pipeline.data.draws import DrawSettings
-from acestep_pipeline.data.latent_cache import CachedTrack, Window, write_cache_file
+from acestep_pipeline.data.latent_cache import CachedTrack, Window
 from acestep_pipeline.estimation.memory_use import inspect_adapter
 from acestep_pipeline.hardware import default_device
 from acestep_pipeline.masked_attention import use_masked_attention

@@ -9,7 +9,7 @@ from diffusers import AceStepPipeline, AceStepTransformer1DModel
 from huggingface_hub import ModelCard
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from acestep_pipeline.data.latent_cache import fingerprint
+from acestep_pipeline.data.encoders import fingerprint
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.training import setup
 from tests.test_adapters import velocity

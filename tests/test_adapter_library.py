@@ -17,7 +17,7 @@ from acestep_pipeline import ACEStepPipeline
 from acestep_pipeline.adapters.library import AdapterLibrary
 from acestep_pipeline.adapters.settings import LoraSettings
 from acestep_pipeline.adapters.weights import adapter_layers, loaded_adapters
-from acestep_pipeline.data.latent_cache import fingerprint
+from acestep_pipeline.data.encoders import fingerprint
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.paths import LORA_WEIGHTS_NAME
 from acestep_pipeline.training.manifest import seal

@@ -210,7 +210,7 @@ def test_baked_in(family, layout, transformer, tiny_dir, tiny_pipeline, tmp_path
     written = FAMILIES[family](transformer, tmp_path / "source")
     checkpoint = tiny_dir
     if layout == "original":
-        from acestep_pipeline.pipeline import resolve_checkpoint
+        from acestep_pipeline.checkpoint_source import resolve_checkpoint
 
         write_original_checkpoint(tiny_pipeline, tmp_path / "original")
         checkpoint = resolve_checkpoint(str(tmp_path / "original"))

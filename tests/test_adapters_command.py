@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from acestep_pipeline import cli
 from acestep_pipeline.adapters.formats.locate import load_adapter
+from acestep_pipeline.checkpoint_source import resolve_checkpoint
 from acestep_pipeline.errors import UsageError
-from acestep_pipeline.pipeline import resolve_checkpoint
 from tests.adapter_files import comfyui, differences, lora, lycoris, peft_folder
 from tests.test_adapter_writing import assert_close, deltas, in_comfyui, in_peft
 from tests.test_adapters import velocity

@@ -15,6 +15,7 @@ import train_ace_step_lora
 from acestep_pipeline import cli, generation, tiny_checkpoint
 from acestep_pipeline.adapters import trainable as adapters
 from acestep_pipeline.data import latent_cache
+from acestep_pipeline.data.cache_files import read_header
 from acestep_pipeline.errors import RunError
 from acestep_pipeline.training import final_report, manifest, run_directory, tracking, validator
 from tests.training_runs import ROOT, SCRIPT, flags, metrics, train_here
@@ -137,7 +138,7 @@ def test_a_full_cache_keeps_what_was_encoded(disk, demo_dir, tmp_path):
         train_here(demo_dir, tmp_path / "run", **few)
     assert str(failure.value).startswith(f"{disk / 'cache'}/v") and "another --latent_cache_dir" in str(failure.value)
     files = {path: path.stat().st_mtime_ns for path in (disk / "cache").rglob("*") if path.is_file()}
-    assert len(files) == 2 and all(latent_cache.read_header(path) for path in files)
+    assert len(files) == 3 and all(read_header(path) for path in files)
     assert not list((disk / "cache").rglob(".partial*"))
     train_here(demo_dir, tmp_path / "run", **few)
     assert all(path.stat().st_mtime_ns == made for path, made in files.items())

@@ -15,6 +15,7 @@ from huggingface_hub.utils import close_session
 from acestep_pipeline import storage as interface
 from acestep_pipeline.adapters.formats.locate import load_adapter, locate
 from acestep_pipeline.adapters.library import AdapterLibrary
+from acestep_pipeline.checkpoint_source import resolve_checkpoint
 from acestep_pipeline.cli import main
 from acestep_pipeline.data.building.build_report import BuildOptions
 from acestep_pipeline.data.building.ingest import build_dataset
@@ -22,7 +23,6 @@ from acestep_pipeline.data.tracks import load_tracks
 from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.model_card import ADAPTER_LINE, FOLDER_LINE
 from acestep_pipeline.paths import LORA_WEIGHTS_NAME
-from acestep_pipeline.pipeline import resolve_checkpoint
 from acestep_pipeline.storage import hub as hub_module
 from acestep_pipeline.storage.hub_address import HubAddress, parse_hub_address
 from acestep_pipeline.storage.hub_files import belongs

@@ -19,16 +19,16 @@ from acestep_pipeline.conditioning import PromptFields, context_latents, encode_
 from acestep_pipeline.data import latent_cache
 from acestep_pipeline.data.audio import read_audio, write_audio
 from acestep_pipeline.data.batching import BatchLoader, DrawSettings, Item, MicroBatch
+from acestep_pipeline.data.cache_files import write_cache_file
+from acestep_pipeline.data.encoders import Encoders, fingerprint
 from acestep_pipeline.data.latent_cache import (
     LatentCache,
     crop_frames,
     encode_latents,
-    fingerprint,
     load_condition,
     load_latents,
     prepare_tracks,
     prompt_fields,
-    write_cache_file,
 )
 from acestep_pipeline.data.tracks import load_tracks
 from acestep_pipeline.errors import RunError, UsageError
@@ -60,7 +60,7 @@ def track(tmp_path_factory):
 
 @pytest.fixture
 def cache(tmp_path, pipeline):
-    return LatentCache(tmp_path / "latents", pipeline)
+    return LatentCache(tmp_path / "latents", Encoders.of(pipeline))
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_nothing_is_encoded_twice(cache, pipeline, track, tmp_path, encodings):
     encodings.clear()
     assert cache.prepare(track, 240.0) == first
     # A pipeline that has been used since, and the same audio under another name, find the same files.
-    again = LatentCache(tmp_path / "latents", pipeline)
+    again = LatentCache(tmp_path / "latents", Encoders.of(pipeline))
     assert again.prepare(replace(track, id="other"), 240.0)[0] == replace(first[0], id="other")
     assert not encodings
     assert files(cache) == before
@@ -185,10 +185,10 @@ def test_other_text_or_length_is_another_condition_of_the_same_latents(cache, tr
 
 
 def test_another_model_never_finds_these_files(tmp_path, tiny_pipeline):
-    original = LatentCache(tmp_path, tiny_pipeline)
+    original = LatentCache(tmp_path, Encoders.of(tiny_pipeline))
 
     def same():
-        changed = LatentCache(tmp_path, tiny_pipeline)
+        changed = LatentCache(tmp_path, Encoders.of(tiny_pipeline))
         return changed.latents_dir == original.latents_dir, changed.conditions_dir == original.conditions_dir
 
     assert same() == (True, True)
@@ -232,7 +232,7 @@ def test_many_at_once_make_whole_files(cache, pipeline, track):
     start = threading.Barrier(4)
 
     def prepare(_):
-        own = LatentCache(cache.latents_dir.parents[1], pipeline)
+        own = LatentCache(cache.latents_dir.parents[1], Encoders.of(pipeline))
         start.wait()
         entry, problems = own.prepare(track, 240.0)
         return entry, problems, load_latents(entry)["mean"], load_condition(entry.windows[0])
@@ -248,7 +248,7 @@ def test_many_at_once_make_whole_files(cache, pipeline, track):
 def test_a_folder_that_cannot_be_made_is_a_usage_error(tmp_path, pipeline):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="--latent_cache_dir .*/file/latents can't be written"):
-        LatentCache(tmp_path / "file" / "latents", pipeline)
+        LatentCache(tmp_path / "file" / "latents", Encoders.of(pipeline))
 
 
 def test_a_file_that_cannot_be_written_says_what_to_do(cache, track):
@@ -430,7 +430,7 @@ def test_the_next_tracks_are_decoded_meanwhile_and_nothing_changes(tmp_path, pip
     watch("read_audio")
     watch("stream_audio")
     monkeypatch.setattr("acestep_pipeline.data.latent_cache.MAX_AHEAD_S", 4.0)
-    ahead, alone = (LatentCache(tmp_path / name, pipeline) for name in ("ahead", "alone"))
+    ahead, alone = (LatentCache(tmp_path / name, Encoders.of(pipeline)) for name in ("ahead", "alone"))
     entries, problems = prepare_tracks(ahead, tracks, max_duration_s=2.0, show_progress=False)
     whole = [(name, "read_audio", False) for name in "abde"]
     assert sorted(decoded) == sorted([*whole, ("b", "stream_audio", True), ("c", "stream_audio", True)])

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 from acestep_pipeline import ACEStepPipeline
 from acestep_pipeline.checkpoint_conversion import OriginalCheckpoint
+from acestep_pipeline.checkpoint_source import resolve_checkpoint
 from acestep_pipeline.conditioning import MAX_TEXT_TOKENS, PromptFields, count_lost_tokens, encode_condition
 from acestep_pipeline.errors import UsageError
-from acestep_pipeline.pipeline import prepend_timbre_special_token, resolve_checkpoint
+from acestep_pipeline.pipeline import prepend_timbre_special_token
 from acestep_pipeline.storage.publishing import publish
 from acestep_pipeline.tiny_checkpoint import build_tiny_pipeline, build_tokenizer, write_tiny_checkpoint
 from tests.hub_server import serve_hub
@@ -415,7 +416,7 @@ def test_2b_conditions_are_plain_diffusers(tiny_dir, tiny_pipeline):
 RESOLVE = """
 import json, sys
 from acestep_pipeline.errors import UsageError
-from acestep_pipeline.pipeline import resolve_checkpoint
+from acestep_pipeline.checkpoint_source import resolve_checkpoint
 
 def resolve(name, variant_dir, revision):
     try:

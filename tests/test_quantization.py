@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from acestep_pipeline import ACEStepPipeline
 from acestep_pipeline.adapters.trainable import LoraSettings, add_lora
-from acestep_pipeline.data.latent_cache import fingerprint
+from acestep_pipeline.data.encoders import fingerprint
 from acestep_pipeline.quantization import BYTES_PER_LAYER, block_linears, quantize_base
 from acestep_pipeline.training import setup
 from tests.training_runs import metrics, start, train_here

@@ -14,6 +14,7 @@ import pytest
 
 from acestep_pipeline.cli import main
 from acestep_pipeline.data.audio import AUDIO_SUFFIXES
+from acestep_pipeline.data.encoders import Encoders
 from acestep_pipeline.data.held_out import load_train_and_held_out
 from acestep_pipeline.data.latent_cache import DECODING_THREADS, LatentCache, prepare_tracks
 from acestep_pipeline.data.tracks import dataset_fingerprint, load_tracks
@@ -117,7 +118,7 @@ def test_the_latents_are_those_of_the_copy_and_a_second_run_fetches_nothing(
 
     def prepare(streaming, name):
         tracks, _ = read(url, streaming=streaming)
-        cache = LatentCache(tmp_path / name, tiny_pipeline)
+        cache = LatentCache(tmp_path / name, Encoders.of(tiny_pipeline))
         cached, problems = prepare_tracks(cache, tracks, max_duration_s=2.0, show_progress=False)
         assert len(cached) == len(tracks) == 2 and not problems
         return content(tmp_path / name)
@@ -151,7 +152,7 @@ def test_few_files_are_on_the_disk_at_any_time(s3_folder, tmp_path, tiny_pipelin
     watcher.start()
     try:
         tracks, _ = read(url, streaming=True)
-        cache = LatentCache(tmp_path / "latents", tiny_pipeline)
+        cache = LatentCache(tmp_path / "latents", Encoders.of(tiny_pipeline))
         decoded = map_in_order(cache.decode, tracks, num_workers=DECODING_THREADS)
         assert sum(waveform.shape == (2, 30 * 48_000) for waveform in decoded) == 16
     finally:
@@ -168,7 +169,7 @@ def test_a_file_that_has_gone_or_changed_is_named(demo_dir, s3_folder, tmp_path,
     for change in (lambda: s3_folder.put({name: b"another song"}), lambda: s3_folder.delete(name)):
         change()
         with pytest.raises(RunError, match=f"{s3_folder.name}/{name} changed while it was read"):
-            cache = LatentCache(tmp_path / "latents", tiny_pipeline)
+            cache = LatentCache(tmp_path / "latents", Encoders.of(tiny_pipeline))
             prepare_tracks(cache, tracks, max_duration_s=4.0, show_progress=False)
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from acestep_pipeline.data import batching, held_out
-from acestep_pipeline.data.latent_cache import fingerprint
+from acestep_pipeline.data.encoders import fingerprint
 from acestep_pipeline.data.tracks import find_audio_files
 from acestep_pipeline.training import setup
 from tests.training_runs import ROOT, metrics, start, train_here

@@ -11,6 +11,7 @@ import train_ace_step_lora
 from acestep_pipeline.adapters.trainable import LoraSettings, add_lora
 from acestep_pipeline.condition_mask import ConditionMask
 from acestep_pipeline.data.batching import keyed_generator
+from acestep_pipeline.data.encoders import Encoders
 from acestep_pipeline.data.latent_cache import LatentCache, load_condition, load_latents, prepare_tracks
 from acestep_pipeline.data.tracks import load_tracks
 from acestep_pipeline.flow_matching import sample_timesteps, timestep_quantiles
@@ -21,7 +22,8 @@ from acestep_pipeline.training.validation_loss import FixedDraws, LossMeter
 def meter_and_tracks(demo_dir, tiny_pipeline, tmp_path):
     """A meter on a tiny model with an adapter that does something, and two tracks of two windows each."""
     tracks, _ = load_tracks(demo_dir, min_duration_s=1, show_progress=False)
-    cached, _ = prepare_tracks(LatentCache(tmp_path, tiny_pipeline), tracks[:2], max_duration_s=2, show_progress=False)
+    cache = LatentCache(tmp_path, Encoders.of(tiny_pipeline))
+    cached, _ = prepare_tracks(cache, tracks[:2], max_duration_s=2, show_progress=False)
     transformer = tiny_pipeline.transformer
     for parameter in add_lora(transformer, LoraSettings(r=2, lora_dropout=0.5), seed=0):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))

@@ -178,7 +178,7 @@ def _read(source: str, base: "BaseWeights | None", *, strict: bool) -> "Adapter"
 
 def _base(args: argparse.Namespace) -> "BaseWeights":
     from ..adapters.formats.base_weights import BaseWeights
-    from ..pipeline import resolve_checkpoint
+    from ..checkpoint_source import resolve_checkpoint
 
     checkpoint = resolve_checkpoint(
         args.pretrained_model_name_or_path, variant_dir=args.variant_dir, revision=args.revision

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 
 from ..errors import UsageError
 from ..paths import default_model
@@ -18,28 +19,45 @@ def add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16", help="bf16 where it is fast")
 
 
-def load_pipeline(args: argparse.Namespace, *, to_encode: bool = False):
-    """The pipeline on this machine's device; if it is to encode, its encoders alone, and the VAE in float32."""
+def load_pipeline(args: argparse.Namespace):
+    """The pipeline on this machine's device."""
+    from ..pipeline import ACEStepPipeline
+
+    checkpoint, dtype, device = _chosen(args)
+    return ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=dtype).to(device)
+
+
+def open_encoders(args: argparse.Namespace, latent_cache_dir: Path):
+    """The encoders, on this machine's device and with the VAE in float32 once something asks for them."""
+    import torch
+
+    from ..checkpoint_source import open_checkpoint
+    from ..data.encoders import Encoders
+    from ..pipeline import ACEStepPipeline
+
+    checkpoint, dtype, device = _chosen(args)
+
+    def load() -> ACEStepPipeline:
+        pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=dtype, vae_dtype=torch.float32)
+        pipeline.move_encoders(device)
+        return pipeline
+
+    encoders_id = open_checkpoint(**checkpoint).encoders_id
+    return Encoders.of_checkpoint(encoders_id, latent_cache_dir=latent_cache_dir, dtype=dtype, load=load)
+
+
+def _chosen(args: argparse.Namespace) -> tuple:
+    """What names the checkpoint, the precision and the device, having said so."""
     import torch
 
     from ..hardware import bf16_is_fast, default_device
-    from ..pipeline import ACEStepPipeline
 
     device = default_device()
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" and bf16_is_fast(device) else torch.float32
     name, said = default_model(args.pretrained_model_name_or_path)
     print(f"Model: {name} ({said}), {dtype} on {device}", flush=True)
-    pipeline = ACEStepPipeline.from_pretrained(
-        name,
-        variant_dir=args.variant_dir,
-        revision=args.revision,
-        torch_dtype=dtype,
-        vae_dtype=torch.float32 if to_encode else dtype,
-    )
-    if to_encode:
-        pipeline.move_encoders(device)
-        return pipeline
-    return pipeline.to(device)
+    where = {"variant_dir": args.variant_dir, "revision": args.revision}
+    return {"pretrained_model_name_or_path": name, **where}, dtype, device
 
 
 def split_weight(source: str) -> tuple[str, float]:

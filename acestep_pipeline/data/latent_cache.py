@@ -12,22 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..conditioning import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, PromptFields, encode_condition
 from ..engines import map_in_order
-from ..errors import RunError, UsageError
-from ..files import write_tensors
 from ..progress import progress_bar
 from .audio import AudioError, read_audio, stream_audio
+from .cache_files import cache_folder, read_header, write_cache_file
+from .encoders import Encoders
 from .text.lyrics import cut_to_window, lines_beyond
 from .text.variants import TextOptions, make_wordings
 from .tiled_encoding import encode_in_tiles
 from .tracks import Problem, Track
 
-# Raise when the meaning of a cached tensor changes.
-CACHE_VERSION = 2
 # Crops are whole multiples of this, so that the duration the model is told is exact and the DiT's patches of two
 # frames (at 25 frames a second) are never padded.
 CROP_STEP_S = 2
@@ -78,16 +76,6 @@ class CachedTrack:
         return self.latents_file.is_file() and all(wording.condition_file.is_file() for wording in told)
 
 
-def fingerprint(*modules: torch.nn.Module) -> str:
-    """SHA-256 over names, dtypes and values of all weights: the same model wherever it was loaded from."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def crop_frames(num_frames: int, max_duration_s: float, frames_per_second: float) -> int:
     """Length of a training crop: a duration bucket, so that tracks of almost one length share forward passes.
 
@@ -126,29 +114,20 @@ def prompt_fields(track: Track, prompt: str, lyrics: str, duration_s: float) -> 
 
 
 class LatentCache:
-    """Encodes tracks with a pipeline's frozen VAE and encoders, and keeps the results on disk."""
+    """Encodes tracks with the frozen encoders, which are loaded for the first that isn't cached, and keeps the results
+    on disk."""
 
-    def __init__(self, directory: Path, pipeline, text: TextOptions = NO_TEXT_OPTIONS) -> None:
-        """Find or make the folders of this pipeline's models; raises `UsageError` if that can't be done.
+    def __init__(self, directory: Path, encoders: Encoders, text: TextOptions = NO_TEXT_OPTIONS) -> None:
+        """Find or make the folders of these encoders; raises `UsageError` if that can't be done.
 
         `text` says in which words tracks are told.
         """
-        self.pipeline = pipeline
+        self.encoders = encoders
         self.text = text
         self._damaged: list[str] = []
-        tokenizer = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())
-        # Set by each call, so they say what the pipeline did last and not what it is.
-        tokenizer |= {"truncation": None, "padding": None}
-        vae_key = fingerprint(pipeline.vae)[:16]
-        text_key = fingerprint(pipeline.text_encoder, pipeline.condition_encoder)
-        text_key = hashlib.sha256((text_key + json.dumps(tokenizer, sort_keys=True)).encode()).hexdigest()[:16]
-        self.latents_dir = Path(directory) / f"v{CACHE_VERSION}" / f"latents-{vae_key}"
-        self.conditions_dir = Path(directory) / f"v{CACHE_VERSION}" / f"conditions-{text_key}"
-        try:
-            for folder in (self.latents_dir, self.conditions_dir):
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--latent_cache_dir {directory} can't be written ({error.strerror}).") from error
+        facts = encoders.facts
+        self.latents_dir = cache_folder(directory, f"latents-{facts.vae_key}")
+        self.conditions_dir = cache_folder(directory, f"conditions-{facts.text_key}")
 
     def decode(self, track: Track) -> np.ndarray | None:
         """The waveform that `prepare` will need, `[2, samples]`, from any thread.
@@ -159,7 +138,7 @@ class LatentCache:
         if track.duration_s > MAX_AHEAD_S or self._latents_path(track).is_file():
             return None
         try:
-            return read_audio(track.source, sample_rate=self.pipeline.vae.config.sampling_rate)
+            return read_audio(track.source, sample_rate=self.encoders.facts.sample_rate)
         except (AudioError, OSError):
             return None
 
@@ -175,7 +154,7 @@ class LatentCache:
             latents_file, num_frames = self._latents(track, decoded)
         except AudioError as error:
             return None, [Problem(track.id, str(error), skipped=True)]
-        rate = self.pipeline.latents_per_second
+        rate = self.encoders.facts.latents_per_second
         crop = crop_frames(num_frames, max_duration_s, rate)
         if not crop:
             reason = f"it decodes to {num_frames / rate:.1f} s; a crop needs at least {CROP_STEP_S} s"
@@ -212,7 +191,7 @@ class LatentCache:
 
     def _windows(self, track: Track, num_frames: int, crop: int) -> tuple[tuple[Window, ...], list[Problem]]:
         """The windows of a track, each with its condition; windows that are told the same share one."""
-        rate = self.pipeline.latents_per_second
+        rate = self.encoders.facts.latents_per_second
         song_s, crop_s = num_frames / rate, crop / rate
         starts = plan_windows(num_frames, crop)
         lyrics = [cut_to_window(track.lyrics, start / rate, start / rate + crop_s, song_s=song_s) for start in starts]
@@ -254,7 +233,7 @@ class LatentCache:
         header = self._header(path)
         if header is None:
             audio = track.source if decoded is None else None  # to ask for it may be to fetch it
-            write_cache_file(path, encode_latents(self.pipeline.vae, audio, decoded), {})
+            write_cache_file(path, encode_latents(self.encoders.pipeline.vae, audio, decoded), {})
             header = read_header(path)
         return path, header["shapes"]["mean"][0]
 
@@ -263,7 +242,7 @@ class LatentCache:
         path = self.conditions_dir / f"{key}.safetensors"
         header = self._header(path)
         if header is None:
-            encoded = encode_condition(self.pipeline, fields)
+            encoded = encode_condition(self.encoders.pipeline, fields)
             lost = {"lost_text": str(encoded.lost_text_tokens), "lost_lyrics": str(encoded.lost_lyric_tokens)}
             write_cache_file(path, {"encoder_hidden_states": encoded.encoder_hidden_states}, lost)
             header = read_header(path)
@@ -333,39 +312,3 @@ def load_latents(track: CachedTrack, window: Window | None = None) -> dict[str, 
 def load_condition(window: Window) -> torch.Tensor:
     """`encoder_hidden_states`, `[tokens, dim]`, in the encoder's dtype."""
     return load_file(window.condition_file)["encoder_hidden_states"]
-
-
-def read_header(path: Path) -> dict | None:
-    """Shapes and metadata of a cache file; None if it isn't there, or its contents are not what was written."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError):
-        return None
-    if metadata.get("sha256") != _digest(tensors):
-        return None
-    return {"shapes": {name: list(tensor.shape) for name, tensor in tensors.items()}, "metadata": metadata}
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def write_cache_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and what `read_header` checks them against. Raises `RunError` where that can't be done."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        write_tensors(path, tensors, metadata | {"sha256": _digest(tensors)})
-    except (SafetensorError, OSError) as error:
-        raise RunError(
-            f"{path} can't be written ({error}); make room, or choose another --latent_cache_dir. What was encoded "
-            "before is kept."
-        ) from error

@@ -13,8 +13,8 @@ from diffusers.pipelines.ace_step import AceStepConditionEncoder
 from transformers import Qwen3Config, Qwen3Model
 
 from ..checkpoint_conversion import OriginalCheckpoint, component_configs
+from ..checkpoint_source import resolve_checkpoint
 from ..errors import UsageError
-from ..pipeline import resolve_checkpoint
 from ..progress import quiet_loading
 from ..tiny_checkpoint import TINY_NAME
 

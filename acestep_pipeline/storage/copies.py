@@ -17,10 +17,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..data.text.text_files import one_line
-from ..errors import UsageError
-from ..files import remove_with_folders, write_text
+from ..errors import RunError, UsageError
+from ..files import remove_with_folders, sha256, write_text
 from ..paths import cache_dir, check_addresses, check_room, probe_writable
 from .hub_address import is_on_hub
+from .release_manifest import MANIFEST_NAME
 from .s3 import RemoteFile, open_client, parse_address, s3_errors, shown
 from .s3_downloads import fetch, keep_unfinished
 from .s3_listing import PULL_FOLDER, list_files
@@ -101,6 +102,24 @@ def pull(url: str, directory: Path, *, num_workers: int = NUM_WORKERS, show_prog
     return Path(directory)
 
 
+def describe_objects(url: str) -> dict[str, str]:
+    """What changes with the content of each file under an `s3://` address: its size and ETag, by its name.
+
+    Raises:
+        UsageError: it can't be read, or holds nothing.
+    """
+    with s3_errors(url):
+        files = _list_some(open_client(1), url, parse_address(url)[1])
+    return {name: f"{file.size} {file.etag}" for name, file in files.items()}
+
+
+def _list_some(client: Any, url: str, root_key: str) -> dict[str, RemoteFile]:
+    found = list_files(client, url, root_key)
+    if not found:
+        raise UsageError(f"{shown(url)} holds no files; name a folder of the bucket that does.")
+    return found
+
+
 def _mirror(
     url: str,
     root: Path,
@@ -114,9 +133,7 @@ def _mirror(
     bucket, folder = parse_address(url)
     with s3_errors(url):
         client = open_client(num_workers)
-        wanted = list_files(client, url, root_key)
-    if not wanted:
-        raise UsageError(f"{shown(url)} holds no files; name a folder of the bucket that does.")
+        wanted = _list_some(client, url, root_key)
     with _pulling(root):
         index = _Index.read(root, f"s3://{bucket}/{root_key}")
         index.remove(name for name in index.files.keys() - wanted.keys() if name.startswith(folder[len(root_key) :]))
@@ -171,30 +188,35 @@ def file_errors(root: Path, done: str = "written") -> Iterator[None]:
 
 @dataclass
 class _Index:
-    """Which files of a folder came from where: name → the object, or None for one that was still on its way."""
+    """Which files of a folder came from where: name → the object, or None for one that was still on its way; and when,
+    in seconds since 1970, they were last written to."""
 
     root: Path
     source: str
     files: dict[str, RemoteFile | None]
+    written: dict[str, int]
 
     @classmethod
     def read(cls, root: Path, source: str) -> "_Index":
         path = root / PULL_FOLDER / "index.json"
         if not path.exists():
-            return cls(root, source, {})
+            return cls(root, source, {}, {})
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             files = {name: entry and RemoteFile(**entry) for name, entry in content["files"].items()}
             known = str(content["source"])
+            written = {str(name): int(seconds) for name, seconds in content.get("written", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path} is damaged; delete the folder {root} and pull again.") from None
         if known != source:
             raise UsageError(f"{root} holds a copy of {one_line(known)}; name another folder for {one_line(source)}.")
-        return cls(root, source, files)
+        return cls(root, source, files, written)
 
     def write(self) -> None:
-        files = {name: file and vars(file) for name, file in self.files.items()}
-        content = json.dumps({"source": self.source, "files": files}, ensure_ascii=False)
+        files = {
+            name: file and {"key": file.key, "size": file.size, "etag": file.etag} for name, file in self.files.items()
+        }
+        content = json.dumps({"source": self.source, "files": files, "written": self.written}, ensure_ascii=False)
         write_text(self.root / PULL_FOLDER / "index.json", content)
 
     def path(self, name: str) -> Path:
@@ -205,8 +227,16 @@ class _Index:
         return path
 
     def holds(self, name: str, file: RemoteFile) -> bool:
+        """Whether a file is what was fetched: nothing else has written to it."""
         path = self.root / name
-        return self.files.get(name) == file and path.is_file() and path.stat().st_size == file.size
+        if self.files.get(name) != file or not path.is_file():
+            return False
+        status = path.stat()
+        return status.st_size == file.size and self.written.get(name) in (None, int(status.st_mtime))
+
+    def add(self, name: str, file: RemoteFile) -> None:
+        """A file has arrived under its name."""
+        self.files[name], self.written[name] = file, int((self.root / name).stat().st_mtime)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files whose objects are gone, and folders that are empty then."""
@@ -214,6 +244,7 @@ class _Index:
         for name in names:
             remove_with_folders(self.path(name), depth=len(PurePath(name).parts) - 1)
             del self.files[name]
+            self.written.pop(name, None)
         if names:
             self.write()
 
@@ -236,7 +267,14 @@ def _fetch_all(
 
         def place(name: str, threads: int) -> str:
             partial = index.root / PULL_FOLDER / "partial" / hashlib.sha256(name.encode()).hexdigest()
-            fetch(client, bucket, todo[name], partial, threads=threads, count=count)
+            file = todo[name]
+            arrived = fetch(client, bucket, file, partial, threads=threads, count=count)
+            if file.sha256 not in (None, arrived) and sha256(partial) != file.sha256:
+                partial.unlink()
+                raise RunError(
+                    f"the content of {one_line(name)} is damaged (another SHA-256 than its {MANIFEST_NAME} gives); "
+                    "publish it again."
+                )
             path = index.path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(partial, path)
@@ -245,7 +283,7 @@ def _fetch_all(
         written = time.monotonic()
         try:
             for name in small_and_large(place, todo, lambda name: todo[name].size, num_workers=num_workers):
-                index.files[name] = todo[name]
+                index.add(name, todo[name])
                 if time.monotonic() - written > _INDEX_INTERVAL_S:
                     index.write()
                     written = time.monotonic()

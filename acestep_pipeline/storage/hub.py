@@ -1,14 +1,18 @@
 """Files of a repository on the Hub, or from its cache where the Hub can't be reached."""
 
 import contextlib
+import fnmatch
 import functools
 import glob
+import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -22,12 +26,16 @@ from huggingface_hub.utils import get_session
 
 from ..data.text.text_files import one_line
 from ..errors import RunError, UsageError
+from ..files import sha256
 from ..paths import without_secrets
+from .checked_files import find_damaged
 from .hub_address import HubAddress, parse_hub_address
 from .release_manifest import MANIFEST_NAME, check_names
 
 # To connect, and then for the first answer: huggingface_hub itself waits for ever.
 _TIMEOUT = httpx2.Timeout(6.0)
+# How often what arrives damaged is fetched.
+_ATTEMPTS = 3
 
 
 class NothingThere(UsageError):
@@ -51,21 +59,35 @@ def download(
 ) -> Path:
     """Files of a repository, from the cache where the Hub can't be reached: all of them, or `partly` what is there.
 
+    Each file's content must be what its name in the cache says: the SHA-256 that the Hub gives of large files, or
+    git's hash. One that is not is fetched again.
+
     Raises:
         UsageError: there is no such repository or revision, or it can't be reached and the cache lacks it.
+        RunError: a file arrives damaged again and again.
     """
     try:
-        return Path(
-            snapshot_download(
-                repo,
-                repo_type=repo_type,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                allow_patterns=patterns,
-                local_files_only=not _answers(),
+        for _ in range(_ATTEMPTS):
+            snapshot = Path(
+                snapshot_download(
+                    repo,
+                    repo_type=repo_type,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    allow_patterns=patterns,
+                    local_files_only=not _answers(),
+                )
             )
-        )
+            files = {path.resolve(): path for path in _chosen(snapshot, patterns)}
+            damaged = find_damaged(files, _is_what_it_is_called)
+            if not damaged:
+                return snapshot
+            for blob in damaged:
+                blob.unlink(missing_ok=True)
+                files[blob].unlink(missing_ok=True)
+        name = files[damaged[0]].relative_to(snapshot)
+        raise RunError(f"{repo}: {name} arrived damaged {_ATTEMPTS} times; run it again later.")
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise _not_found(HubAddress(repo, repo_type, revision)) from error
     except HfHubHTTPError as error:
@@ -77,6 +99,31 @@ def download(
             f"{repo!r} is no folder here, the Hub can't be reached ({endpoint()}), and the cache has no complete "
             "copy: check the network, or give a folder or 'tiny'."
         ) from error
+
+
+def _chosen(snapshot: Path, patterns: list[str] | None) -> Iterator[Path]:
+    for path in snapshot.rglob("*"):
+        name = path.relative_to(snapshot).as_posix()
+        if path.is_file() and (patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)):
+            yield path
+
+
+def _is_what_it_is_called(blob: Path) -> bool:
+    """Whether a file of the Hub's cache has the hash that is its name; one with another kind of name passes."""
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return sha256(blob) == blob.name
+    if re.fullmatch(r"[0-9a-f]{40}", blob.name):
+        content = blob.read_bytes()  # a small file: large ones are not kept in git
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == blob.name
+    return True
+
+
+def cached_blob_ids(repo: str, commit: str, *, cache_dir: str | None) -> dict[str, str]:
+    """What names the content of each file of a commit; nothing where the cache doesn't know its files."""
+    try:
+        return {file.path: file.blob_id for file in get_cached_repo_tree(repo, revision=commit, cache_dir=cache_dir)}
+    except CachedRepoTreeNotFoundError:
+        return {}
 
 
 def list_files(

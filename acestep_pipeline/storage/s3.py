@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,13 @@ _OTHER_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLo
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """An object: its full key, its size in bytes and its ETag, which changes with its content."""
+    """An object: its full key, its size in bytes and its ETag, which changes with its content; of a release's file the
+    SHA-256 that the manifest gives."""
 
     key: str
     size: int
     etag: str
+    sha256: str | None = field(default=None, compare=False)
 
 
 def parse_address(url: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """What lies under an `s3://` address, as files of a folder: objects by their keys, releases by their manifests."""
 
 import re
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -81,7 +82,7 @@ def _show_release(wanted: dict[str, RemoteFile], above: str, manifest: Manifest)
         if found is None or found.size != file.size:
             lacking.append(above + file.file)
         else:
-            wanted[above + file.file] = found
+            wanted[above + file.file] = replace(found, sha256=file.sha256)
     return lacking
 
 

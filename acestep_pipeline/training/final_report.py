@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from ..adapters.formats.write import comfyui_name, export
-from ..checkpoint_conversion import OriginalCheckpoint
+from ..checkpoint_source import open_checkpoint
 from ..data.latent_cache import CachedTrack
 from ..files import write_text
 from ..model_card import BaseModel, CardFacts, describe_base, held_out_results, write_model_card
 from ..paths import COMFYUI_DIR, LORA_WEIGHTS_NAME, PEFT_DIR
-from ..pipeline import ACEStepPipeline, resolve_checkpoint
+from ..pipeline import ACEStepPipeline
 from ..plots import plot_loss
 from ..prompt_fields import PromptFields
 from ..version import __version__
@@ -142,15 +142,11 @@ def write_final_report(
 
 
 def _describe_base(checkpoint: dict) -> BaseModel:
-    found = resolve_checkpoint(
-        checkpoint["pretrained_model_name_or_path"],
-        **{name: checkpoint.get(name) for name in ("variant_dir", "revision", "cache_dir")},
-    )
     return describe_base(
         checkpoint["pretrained_model_name_or_path"],
         variant_dir=checkpoint.get("variant_dir"),
         revision=checkpoint.get("revision"),
-        is_original=isinstance(found, OriginalCheckpoint),
+        is_original=open_checkpoint(**checkpoint).is_original,
     )
 
 

@@ -18,8 +18,9 @@ from ..adapters.settings import LoraSettings, describe
 from ..adapters.trainable import add_lora
 from ..condition_mask import ConditionMask
 from ..data.dataset_summary import summarise_tracks
+from ..data.encoders import fingerprint
 from ..data.held_out import load_train_and_held_out
-from ..data.latent_cache import CachedTrack, LatentCache, fingerprint, prepare_tracks
+from ..data.latent_cache import CachedTrack, LatentCache, prepare_tracks
 from ..data.text.variants import TextOptions
 from ..data.tracks import (
     Problem,
@@ -32,8 +33,8 @@ from ..data.tracks import (
 from ..errors import UsageError
 from ..hardware import bf16_is_fast, default_device
 from ..masked_attention import use_masked_attention
-from ..pipeline import ACEStepPipeline
 from ..quantization import leave_base_out_of_ddp, quantize_base
+from .base_model import is_turbo, load_base
 from .launch import uses_deepspeed
 from .memory import check_offload_hardware, check_quantization_hardware, enable_gradient_checkpointing
 from .offload import BlockOffloading
@@ -117,7 +118,8 @@ def prepare_inputs(
     offload: bool,
     seed: int,
 ) -> TrainingInputs:
-    """Read the tracks, load the model, add the adapter, fill the cache, and let go of every frozen encoder.
+    """Read the tracks, load the DiT, add the adapter, and fill the cache; the frozen encoders are loaded for what it
+    lacks, and let go of.
 
     Args:
         accelerator: device, precision and process to work for; each process encodes its share of the tracks.
@@ -151,9 +153,11 @@ def prepare_inputs(
         show_progress=accelerator.is_main_process,
     )
     report_problems(problems + doubts_about_text(tracks, text), strict=strict, say=accelerator.print)
-    pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype, vae_dtype=torch.float32)
+    transformer, encoders = load_base(
+        checkpoint, latent_cache_dir=latent_cache_dir, weight_dtype=weight_dtype, device=device
+    )
     facts = {
-        "model_sha256": fingerprint(pipeline.transformer),
+        "model_sha256": fingerprint(transformer),
         "dataset_sha256": dataset_fingerprint(tracks),
         "lora": describe(lora),
     }
@@ -161,39 +165,38 @@ def prepare_inputs(
         facts["trigger_words"] = triggers
     same = {"the model": facts["model_sha256"], "the training data": facts["dataset_sha256"]}
     check_same_everywhere(same | {"the held-out tracks": dataset_fingerprint(held_out)})
-    use_masked_attention(pipeline.transformer)
-    quantize_base(pipeline.transformer, base_quantization, device=device)
+    use_masked_attention(transformer)
+    quantize_base(transformer, base_quantization, device=device)
     # Before the cache is filled, so that a wrong target fails early.
-    lora_parameters = add_lora(pipeline.transformer, lora, seed=seed)
+    lora_parameters = add_lora(transformer, lora, seed=seed)
     if base_quantization != "none" or offload:
-        leave_base_out_of_ddp(pipeline.transformer)
-    pipeline.move_encoders(device)
-    cache = LatentCache(latent_cache_dir, pipeline, text)
+        leave_base_out_of_ddp(transformer)
+    cache = LatentCache(latent_cache_dir, encoders, text)
     cached, cached_held_out = (
         cache_tracks(accelerator, cache, chosen, max_duration_s=max_duration_s, strict=strict) if chosen else []
         for chosen in (tracks, held_out)
     )
     if gradient_checkpointing:
-        enable_gradient_checkpointing(pipeline.transformer, gradient_checkpointing)
+        enable_gradient_checkpointing(transformer, gradient_checkpointing)
     if offload:
-        BlockOffloading(pipeline.transformer, device)
+        BlockOffloading(transformer, device)
         if device.type == "cpu":
             accelerator.print("warning: --offload saves nothing on a CPU, whose memory the base lies in anyway.")
     inputs = TrainingInputs(
-        transformer=pipeline.transformer.train(),
-        condition_mask=ConditionMask(pipeline.transformer),
+        transformer=transformer.train(),
+        condition_mask=ConditionMask(transformer),
         lora_parameters=lora_parameters,
-        silence_latent=pipeline.condition_encoder.silence_latent.to(device, torch.float32, copy=True),
-        null_condition_emb=pipeline.condition_encoder.null_condition_emb.detach().to(device, weight_dtype, copy=True),
+        silence_latent=encoders.facts.silence_latent.to(device, torch.float32),
+        null_condition_emb=encoders.facts.null_condition_emb.to(device, weight_dtype),
         tracks=cached,
         held_out=cached_held_out,
-        frames_per_second=pipeline.latents_per_second,
-        is_turbo=pipeline.is_turbo,
+        frames_per_second=encoders.facts.latents_per_second,
+        is_turbo=is_turbo(transformer),
         facts=facts,
         dataset=summarise_tracks([track for track in tracks if track.id in {entry.id for entry in cached}]),
     )
-    # The VAE, the text encoder and the condition encoder have done their work.
-    del pipeline
+    # The VAE, the text encoder and the condition encoder, if they were needed, have done their work.
+    del cache, encoders
     release_memory()
     return inputs
 

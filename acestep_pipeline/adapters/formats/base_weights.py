@@ -15,7 +15,7 @@ class BaseWeights:
     """Names, shapes and dtypes of a transformer's parameters, and each of them on demand, from mapped files."""
 
     def __init__(self, checkpoint: Path | OriginalCheckpoint):
-        """Take what `pipeline.resolve_checkpoint` found.
+        """Take what `checkpoint_source.resolve_checkpoint` found.
 
         Raises:
             UsageError: a file is missing or damaged.
