@@ -1,5 +1,6 @@
-"""Real signals to what the entrypoint becomes: the status, the checkpoint, and the same command again."""
+"""The entrypoint, for real: signals, statuses, the same command again, the smoke test, a run for the Hub."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,9 +8,11 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from acestep_pipeline.container.log_lines import log_line
+from tests.hub_server import serve_hub
 from tests.training_runs import ROOT, metrics
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -120,3 +123,22 @@ def test_the_smoke_test_passes_on_embedded_model_and_music(tmp_path):
     assert "NUM_GPUS=0 asks for no GPU" in summary[0] and "updates of tiny" in summary[2]
     assert (tmp_path / "output" / "smoke" / "checkpoint-5").is_dir()
     assert (tmp_path / "output" / "smoke" / "smoke.wav").is_file()
+
+
+@pytest.mark.slow
+def test_variables_publish_a_run_on_the_hub_and_its_token_is_no_argument(demo_dir, tmp_path):
+    (tmp_path / "hub").mkdir()
+    settings = {"PUSH_TO_HUB": "yes", "HUB_MODEL_ID": "tester/night", "HUB_PRIVATE_REPO": "yes", "HUB_TAG": "v1"}
+    settings |= {"HF_TOKEN": "hf_write", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "MAX_TRAIN_STEPS": "2"}
+    arguments = set()
+    with serve_hub({}, tmp_path / "hub") as hub:
+        process = start(tmp_path, demo_dir, HF_ENDPOINT=hub.url, **settings)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+                    arguments |= set(each.cmdline())
+            time.sleep(0.2)
+        log = (tmp_path / "log").read_text()
+        assert process.returncode == 0, log
+        assert WEIGHTS in hub.files("tester/night", "v1") and hub.repositories["tester/night"].private
+    assert "--push_to_hub" in arguments and "hf_write" not in " ".join(arguments) + log
