@@ -26,6 +26,15 @@ def origin() -> dict:
     return found | {name: facts[name] for name in ("git_commit", "versions")}
 
 
+def same_origin(facts: dict, others: dict) -> bool:
+    """Whether both are of one commit and hardware."""
+
+    def of(facts: dict) -> tuple:  # writing the file makes a clean checkout dirty
+        return facts.get("hardware"), (facts.get("git_commit") or "").removesuffix("-dirty")
+
+    return of(facts) == of(others)
+
+
 class Results:
     """The rows of a results file, one for each way of each configuration (a dataclass), written as they come."""
 
@@ -36,12 +45,8 @@ class Results:
 
     def has(self, stage: str, case) -> bool:
         """Whether the file has this configuration, of this commit and hardware."""
-
-        def of(facts: dict) -> tuple:  # writing the file makes a clean checkout dirty
-            return facts["hardware"], (facts["git_commit"] or "").removesuffix("-dirty")
-
         found = [row for row in self.rows if (row["stage"], row["case"]) == (stage, dataclasses.asdict(case))]
-        return not self.overwrite and bool(found) and all(of(row) == of(self.facts) for row in found)
+        return not self.overwrite and bool(found) and all(same_origin(row, self.facts) for row in found)
 
     def add(self, stage: str, case, rows: list[dict]) -> None:
         """Put rows in the place of those of the same configuration, and write the file."""

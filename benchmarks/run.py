@@ -34,6 +34,8 @@ PARTS = {
     "training": Part("training_speed.py", "training_table.py"),
     "generation": Part("generate.py", "generation_table.py"),
     "caching": Part("latent_cache.py", "latent_cache_table.py"),
+    "memory": Part("memory.py", "memory_table.py"),
+    "scaling": Part("scaling.py", "scaling_page.py", suites=("cpu",)),
 }
 
 
@@ -49,8 +51,12 @@ def commands(suite: str, names: list[str] | None, stages: list[str] | None) -> d
         raise UsageError(f"BENCH is any of {', '.join(known)} on a {suite.upper()}, not {', '.join(unknown)}.")
     if stages and len(names) > 1:
         raise UsageError("STAGES are those of one part; name it with BENCH.")
-    options = ["--suite", suite, *(["--stages", *stages] if stages else [])]
-    return {name: [[PARTS[name].script, *options], [PARTS[name].table]] for name in names}
+    found = {}
+    for name in names:
+        part = PARTS[name]
+        options = ["--suite", suite] if len(part.suites) > 1 else []
+        found[name] = [[part.script, *options, *(["--stages", *stages] if stages else [])], [part.table]]
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:

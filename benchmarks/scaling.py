@@ -4,22 +4,24 @@
     python benchmarks/scaling.py
 
 Tracks are measured, each number in a process of its own: the records of a simulated cache (every name leads to one of
-a few real files of one minute, 64 channels), the plan of an epoch, and the reading of batches; memory is the growth of
-the process's. Length and rank are arithmetic on the 2 B model's shape, with the formulas of `acestep-lora estimate`.
-Processes: the embedded checkpoint trained by one and by two processes (gloo) on this CPU is measured; what a process
-has to send is arithmetic. The picture is docs/scaling.png.
+a few real files of one minute, 64 channels), the plans of 21 epochs, and the reading of batches. Memory is the
+process' own, without mapped files, after the allocator has given back what is free; what reading adds to it is taken
+over rounds of 100 batches, after a first that is left out. Length and rank are arithmetic on the 2 B model's shape,
+with the formulas of `acestep-lora estimate`. Processes: the embedded checkpoint trained by one and by two processes
+(gloo) on this CPU is measured; what a process has to send is arithmetic. `scaling_page.py` writes docs/scaling.md and
+its picture.
 """
 
 import argparse
+import ctypes
+import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -35,17 +37,22 @@ from acestep_pipeline.data.latent_cache import CachedTrack, Window
 from acestep_pipeline.estimation.compute_time import pass_work
 from acestep_pipeline.estimation.memory_use import Batch, Precision, inspect_adapter, predict_update
 from acestep_pipeline.estimation.model_shapes import SHAPES
+from acestep_pipeline.files import write_text
 from acestep_pipeline.prompt_fields import PromptFields
+from benchmarks.results_file import RESULTS, ROOT, origin, same_origin
+from benchmarks.training_measure import spread
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "scaling.json", ROOT / "docs" / "scaling.png"
+FILE = RESULTS / "scaling.json"
 TRACKS = (50, 500, 5000, 20_000, 100_000)
 LENGTHS_S, RANKS, PROCESSES = (10, 30, 60, 120, 240, 600), (8, 16, 32, 64, 128, 256), (1, 2, 4, 8)
-REAL_FILES, BATCHES = 20, 100
+REAL_FILES, BATCHES, ROUNDS, EPOCHS = 20, 100, 5, 20
+WARM_UP_UPDATES = 4
 
 
 def memory_mb() -> float:
-    """What this process holds in memory of its own, without mapped files."""
+    """What this process holds in memory of its own, without mapped files and what its allocator could give back."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024 / 1e6
 
@@ -86,17 +93,21 @@ def measure_tracks(number: int, folder: Path) -> dict:
     planner_s, planner = timed(lambda: EpochPlanner(tracks, seed=0, effective_batch_size=4, micro_batch_size=4))
     first_s, plan = timed(lambda: planner.plan(0))
     with_plan = memory_mb()
-    second_s, _ = timed(lambda: planner.plan(1))
-    micros = [process[0] for process, *_ in plan[:BATCHES]]
+    del plan
+    next_s = [timed(lambda epoch=epoch: planner.plan(epoch))[0] for epoch in range(1, 1 + EPOCHS)]
     loader = BatchLoader(tracks, DrawSettings(seed=0, cfg_dropout=0.15))
-    for micro in micros[:5]:
-        loader.load(micro)
-    before = memory_mb()
-    load_s, _ = timed(lambda: [loader.load(micro) and None for micro in micros])
+    updates = planner.plans_from(0, 10**9)
+    growth, batch_ms = [], []
+    for _ in range(1 + ROUNDS):
+        micros = [process[0] for process, *_ in itertools.islice(updates, BATCHES)]
+        before = memory_mb()
+        batch_ms += [1000 * timed(lambda micro=micro: loader.load(micro) and None)[0] for micro in micros]
+        growth.append(memory_mb() - before)
     return {
         "tracks": number, "records_s": records_s, "records_mb": with_records - start, "planner_s": planner_s,
-        "plan_of_first_epoch_s": first_s, "plan_of_second_epoch_s": second_s, "plan_mb": with_plan - with_records,
-        "batch_ms": 1000 * load_s / len(micros), "growth_over_batches_mb": memory_mb() - before,
+        "plan_of_first_epoch_s": first_s, "plan_of_next_epochs_s": spread(next_s, digits=5),
+        "plan_mb": with_plan - with_records, "batch_ms": spread(batch_ms[BATCHES:]),
+        "growth_over_100_batches_mb": spread(growth[1:]),
     }  # fmt: skip
 
 
@@ -123,8 +134,8 @@ def account(*, seconds: float, rank: int) -> dict:
             "gradients_mb": 4 * adapter.num_parameters / 1e6}  # fmt: skip
 
 
-def train(processes: int, music: Path, folder: Path, updates: int) -> float:
-    """Median seconds of an update of four windows of 10 s, the embedded checkpoint, one thread a process."""
+def train(processes: int, music: Path, folder: Path, updates: int) -> dict[str, float]:
+    """Seconds, with quartiles, of an update of four windows of 10 s, the embedded checkpoint, one thread a process."""
     output = folder / f"output-{processes}"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
@@ -138,7 +149,8 @@ def train(processes: int, music: Path, folder: Path, updates: int) -> float:
     if done.returncode:
         raise SystemExit(f"error: training with {processes} processes failed: {done.stderr[-2000:]}")
     ends = [json.loads(line)["seconds"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(after - before for before, after in zip(ends[3:], ends[4:], strict=False))
+    ends = ends[WARM_UP_UPDATES - 1 :]
+    return spread([after - before for before, after in itertools.pairwise(ends)], digits=4)
 
 
 def measure(*, updates: int) -> dict:
@@ -158,9 +170,7 @@ def measure(*, updates: int) -> dict:
     lengths = [account(seconds=seconds, rank=64) for seconds in LENGTHS_S]
     ranks = [account(seconds=60, rank=rank) for rank in RANKS]
     sent = ranks[RANKS.index(64)]["gradients_mb"]
-    return {
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
+    return origin() | {
         "load_average": os.getloadavg()[0],
         "tracks": tracks,
         "checking_a_cached_track_ms": 1000 * checking_s / REAL_FILES,
@@ -168,58 +178,28 @@ def measure(*, updates: int) -> dict:
         "length": lengths,
         "rank": ranks,
         "processes": {
-            "measured_s_an_update": {str(number): seconds for number, seconds in gloo.items()},
+            "measured_s_an_update": {str(number): seconds["median"] for number, seconds in gloo.items()},
+            "quartiles_s_an_update": {str(number): seconds for number, seconds in gloo.items()},
             # A ring: every process sends, and receives, twice the gradients less its own share.
             "sent_mb_an_update": {str(n): 2 * sent * (n - 1) / n for n in PROCESSES},
         },
     }
 
 
-def draw(result: dict, path: Path) -> None:
-    """Four panels: tracks (time, memory), length, rank."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, ((time_axis, memory_axis), (length_axis, rank_axis)) = pyplot.subplots(2, 2, figsize=(10, 7))
-    numbers = [row["tracks"] for row in result["tracks"]]
-    for key, label in (
-        ("plan_of_first_epoch_s", "plan of an epoch"),
-        ("planner_s", "planner"),
-        ("records_s", "records"),
-    ):
-        time_axis.loglog(numbers, [row[key] for row in result["tracks"]], "o-", label=label)
-    time_axis.set(xlabel="tracks", ylabel="s", title="Planning (measured)")
-    for key, label in (("records_mb", "records"), ("plan_mb", "plan"), ("growth_over_batches_mb", "100 batches read")):
-        memory_axis.semilogx(numbers, [row[key] for row in result["tracks"]], "o-", label=label)
-    memory_axis.set(xlabel="tracks", ylabel="MB", title="Memory of the data path (measured)")
-    for axis, rows, key in ((length_axis, result["length"], "seconds"), (rank_axis, result["rank"], "rank")):
-        values = [row[key] for row in rows]
-        axis.loglog(values, [row["tflop"] for row in rows], "o-", label="TFLOP an update")
-        axis.loglog(values, [row["gb"] for row in rows], "s-", label="GB at the peak")
-        axis.set(xlabel={"seconds": "window, s", "rank": "rank"}[key], title="2 B, one window (formula)")
-    for axis in figure.axes:
-        axis.legend()
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--updates", type=int, default=24, help="updates of each run (default: %(default)s)")
-    p.add_argument("--output", type=Path, default=RESULTS, help="results file (default: %(default)s)")
-    p.add_argument("--picture", type=Path, default=PICTURE, help="(default: %(default)s)")
+    p.add_argument("--output", type=Path, default=FILE, help="results file (default: %(default)s)")
+    p.add_argument("--overwrite", action="store_true", help="measure again what the file has")
     p.add_argument("--one", nargs=2, metavar=("N", "DIR"), help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.one:
         print(json.dumps(measure_tracks(int(args.one[0]), Path(args.one[1]))))
         return
-    result = measure(updates=args.updates)
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(result, args.picture)
-    print(f"Wrote {args.output} and {args.picture}")
+    there = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
+    if args.overwrite or not same_origin(there, origin()):
+        write_text(args.output, json.dumps(measure(updates=args.updates), indent=1) + "\n")
+    print(f"Wrote {args.output}; benchmarks/scaling_page.py puts it into docs/scaling.md.")
 
 
 if __name__ == "__main__":

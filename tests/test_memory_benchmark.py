@@ -1,13 +1,20 @@
-"""The estimate's bytes against real code on fake tensors: full width, every allocation counted, nothing computed."""
+"""The memory benchmark: the estimate's bytes against real code on fake tensors (full width, every allocation counted,
+nothing computed), whole trainings at a small size, and the table in docs/training.md."""
+
+import dataclasses
+import json
 
 import pytest
 import torch
 
 from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.estimation.memory_use import Batch
 from acestep_pipeline.estimation.model_shapes import SHAPES
 from acestep_pipeline.estimation.other_phases import decoding_tile_bytes, encoding_tile_bytes
-from benchmarks.memory import TARGETS, LiveBytes, account_tiles, account_update, measure_target, predict_on_cpu
+from acestep_pipeline.pipeline import ACEStepPipeline
+from benchmarks import memory, memory_peaks, memory_table
+from benchmarks.memory_accounting import LiveBytes, account_tiles, account_update, predict_on_cpu
 
 LORA = LoraSettings(r=64, lora_alpha=192, lora_dropout=0.05)
 
@@ -43,8 +50,79 @@ def test_a_song_of_any_length_is_coded_in_the_memory_of_one_tile(encode, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.model} {target.flags[1]}")
-def test_every_target_is_met_at_full_size(target):
-    row = measure_target(target)
+@pytest.mark.parametrize("name", memory.TARGETS)
+def test_every_target_is_met_at_full_size(name):
+    row = memory.measure_target(memory.TARGETS[name])
     assert 0.98 < row["unquantised_adamw"]["ratio"] < 1.08
-    assert all(song["fits"] for song in row["songs"].values()), row
+    assert all(song["fits"] for song in row["predicted_for"].values()), row
+
+
+def test_a_random_checkpoint_is_one_that_training_loads(tmp_path):
+    width = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "head_dim": 16}  # fmt: skip
+    text = width | {"vocab_size": 300, "num_hidden_layers": 1}
+    layers = {"num_lyric_encoder_hidden_layers": 1, "num_timbre_encoder_hidden_layers": 1}
+    shape = dataclasses.replace(
+        SHAPES["2b"],
+        transformer=width | {"num_hidden_layers": 2},
+        condition_encoder=width | layers | {"text_hidden_dim": 32},
+        text_encoder=SHAPES["2b"].text_encoder | text,
+        vae=SHAPES["2b"].vae | {"encoder_hidden_size": 16, "decoder_channels": 4},
+    )
+    folder = memory_peaks.write_checkpoint(shape, tmp_path / "model")
+    pipeline = ACEStepPipeline.from_pretrained(folder)
+    for name in memory_peaks.COMPONENTS:
+        weights = getattr(pipeline, name).state_dict().values()
+        assert all(weight.isfinite().all() and weight.any() for weight in weights if weight.is_floating_point()), name
+
+
+@pytest.mark.slow
+def test_a_rehearsal_trains_within_a_process_of_its_own(tmp_path):
+    output = tmp_path / "results.json"
+    flags = ["--suite", "gpu", "--model", "tiny", "--max_seconds", "12", "--stages", "vram_8gb"]
+    memory.main([*flags, "--output", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["stage"], row["case"]["songs"]) for row in rows] == [("vram_8gb", 8), ("vram_8gb", 1)]
+    for row in rows:
+        assert 300e6 < row["resident_bytes"] < 8e9
+        assert row["hardware"] and row["git_commit"] and row["versions"]["torch"]
+    with pytest.raises(RunError, match="--rank"):
+        memory_peaks.measure_training(memory_peaks.Training("tiny", 1, 4, "--preset c --rank 0"), "tiny")
+
+
+def test_the_table_says_what_was_run_and_leaves_the_rest_blank(tmp_path):
+    target, gib = memory.TARGETS["vram_8gb"], 1e9
+    song = {
+        "windows_in_a_pass": 1,
+        "update_bytes": 2.41 * gib,
+        "encoding_bytes": 4.7 * gib,
+        "samples_bytes": 4.5 * gib,
+    }
+    predicted = {
+        "stage": "targets", "case": dataclasses.asdict(target), "predicted_for": {"60 s": song, "600 s": song},
+        "unquantised_adamw": {"ratio": 1.02},
+    }  # fmt: skip
+    (tmp_path / "memory_cpu.json").write_text(json.dumps({"rows": [predicted]}))
+    short, long = memory.GPU_STAGES["vram_8gb"]
+    facts = {"stage": "vram_8gb", "hardware": "an H100"}
+    rows = [
+        facts | {"case": dataclasses.asdict(short), "allocated_bytes": 6.9 * gib, "outside_bytes": 0.5 * gib},
+        facts | {"case": dataclasses.asdict(long), "out_of_memory": True},
+    ]
+    (tmp_path / "memory_gpu.json").write_text(json.dumps({"rows": rows}))
+    text = memory_table.tables(tmp_path)
+    cells = "2.4 (1 in a pass) | 4.7 | 4.5 | 7.4, met (an H100) | does not fit (an H100) |"
+    assert f"| 2 B, 60 s, base in 4 bits | `--preset vram_8gb` | 8 | {cells}\n" in text
+    assert "| XL, 60 s, base in 4 bits | `--preset xl_vram_16gb` | 16 |  |  |  |  |  |\n" in text
+    assert "1.02 to 1.02 of what real code takes" in text and "on a song: not run" in text
+
+
+def test_the_page_says_what_the_results_say():
+    memory_table.main(["--check"])
+
+
+def test_wrong_flags_are_one_sentence():
+    with pytest.raises(UsageError, match="--stages warp: the cpu suite has targets"):
+        memory.main(["--suite", "cpu", "--stages", "warp"])
+    with pytest.raises(UsageError, match="needs a CUDA device"):
+        memory.main(["--suite", "gpu"])

@@ -8,7 +8,7 @@ from .memory_use import CUDA_CONTEXT_BYTES, GIB, Precision
 from .model_shapes import ModelShape, num_parameters
 
 # Peak of the VAE's encoder and of its decoder on one tile over the bytes of their widest activation, counted on fake
-# tensors (`benchmarks/memory.py`).
+# tensors (`benchmarks/memory_accounting.py`).
 ENCODE_TILE_TENSORS = 5.1
 DECODE_TILE_TENSORS = 4.6
 
