@@ -217,4 +217,7 @@ def check_addresses(*values: object) -> None:
                 f"{shown} is not an address; write s3://bucket/folder or hf://user/repo, without keys or passwords."
             )
         if isinstance(value, Path):
-            raise UsageError(f"{shown}: only a folder or file of this machine will do there; name one.")
+            raise UsageError(
+                f"{shown}: only a folder or file of this machine will do there; name one, "
+                "and copy it with `acestep-lora storage`."
+            )

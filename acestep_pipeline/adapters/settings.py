@@ -159,14 +159,16 @@ def describe_kind(settings: dict) -> tuple[str, str]:
 # Reading
 
 
-def read_lora_config(path: Path) -> dict:
-    """The fields that a LoRA JSON file sets, checked for names and types.
+def read_lora_config(path: str | Path) -> dict:
+    """The fields that a LoRA JSON file (also one at an `s3://` or `hf://` address) sets, checked for names and types.
 
     Raises:
         UsageError: the file is missing or no JSON object, or a field is unknown or of another type.
     """
+    from ..storage.copies import local_file
+
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(local_file(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--lora_config {path} can't be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

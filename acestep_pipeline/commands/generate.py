@@ -28,7 +28,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_model_arguments(command)
     g = command.add_argument_group("what is played")
     g.add_argument("--prompt", required=True, help="tags or a description")
-    g.add_argument("--lyrics", type=Path, metavar="FILE", help="text file of lyrics; unset: [Instrumental]")
+    g.add_argument("--lyrics", metavar="FILE", help="text file, also s3://… or hf://…; unset: [Instrumental]")
     g.add_argument("--vocal_language", "--language", default="unknown", help="of the lyrics, e.g. en (unknown)")
     g.add_argument("--duration", type=float, metavar="S", help="seconds, 1 to 600 (default: 30); with source audio "
                    "that's length")  # fmt: skip
@@ -43,8 +43,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     g.add_argument("--task", default="text2music", help="text2music, cover (--src_audio in another style), repaint (a "
                    "part of it anew), extract (one track of it), lego (one more track for it), complete (the tracks "
                    "that it lacks); the last three need the base variant (default: text2music)")  # fmt: skip
-    g.add_argument("--src_audio", type=Path, metavar="FILE", help="the source of every other task")
-    g.add_argument("--reference_audio", type=Path, metavar="FILE", help="take the timbre of this")
+    g.add_argument("--src_audio", metavar="FILE", help="the source of every other task; also s3://… or hf://…")
+    g.add_argument("--reference_audio", metavar="FILE", help="take the timbre of this; also s3://… or hf://…")
     g.add_argument("--repaint_start", type=float, metavar="S", help="repaint and lego: from here (default: 0)")
     g.add_argument("--repaint_end", type=float, metavar="S", help="to here (default: the end)")
     g.add_argument("--track_name", help="extract and lego: e.g. vocals, drums, bass, guitar")
@@ -80,13 +80,14 @@ def run(args: argparse.Namespace) -> int:
 
     from ..adapters.formats.locate import locate
     from ..generation import SamplingSettings, Task
+    from ..storage.copies import local_file
 
     output = _output_path(args)
     sampling = SamplingSettings(args.num_inference_steps, args.guidance_scale, args.shift, args.seed)
     task = Task(
         task_type=args.task,
-        src_audio=args.src_audio,
-        reference_audio=args.reference_audio,
+        src_audio=args.src_audio and local_file(args.src_audio),
+        reference_audio=args.reference_audio and local_file(args.reference_audio),
         repainting_start=args.repaint_start,
         repainting_end=args.repaint_end,
         track_name=args.track_name,
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         "variant_dir": args.variant_dir,
         "revision": args.revision,
         "adapters": _load_adapters(pipeline, adapters),
-        "task": {name: str(value) if isinstance(value, Path) else value
+        "task": {name: getattr(args, name) if isinstance(value, Path) else value
                  for name, value in dataclasses.asdict(task).items() if value not in (None, ())},
         **dataclasses.asdict(fields),
         **dataclasses.asdict(sampling.resolved(is_turbo=pipeline.is_turbo)),
@@ -192,13 +193,14 @@ def _prompt_fields(args: argparse.Namespace, *, source_s: float | None) -> Promp
     )
 
 
-def _read_lyrics(path: Path | None) -> str:
+def _read_lyrics(path: str | None) -> str:
     from ..data.text.text_files import read_text
+    from ..storage.copies import local_file
 
     if path is None:
         return INSTRUMENTAL
     warnings: list[str] = []
-    text = read_text(path, warnings)
+    text = read_text(local_file(path), warnings)
     if text is None:
         raise UsageError(f"--lyrics {path}: {warnings[-1].removesuffix(' and is left out')}.")
     for warning in warnings:

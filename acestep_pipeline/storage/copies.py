@@ -66,6 +66,24 @@ def local_copy(
     return root / folder
 
 
+def local_file(location: str | Path) -> Path:
+    """A file of this machine: a path itself, or the copy in the cache, brought up to date, of a file at an `s3://` or
+    `hf://` address. Raises as `local_copy`, and `UsageError` where no file has that address."""
+    location = str(location)
+    if not is_remote(location) and not is_on_hub(location):
+        return Path(location).expanduser()
+    above, _, name = location.rpartition("/")
+
+    def choose(names: list[str]) -> list[str]:
+        if name not in names:
+            raise UsageError(
+                f"{one_line(location)} is no file that is there; correct the name, or list what is there."
+            )
+        return [name]
+
+    return local_copy(above, choose=choose, show_progress=False) / name
+
+
 def _open_folder(folder: Path, choose: Callable[[list[str]], Iterable[str]] | None) -> Path:
     from .release_copy import copy_release, read_local_release
 

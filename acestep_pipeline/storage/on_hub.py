@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import UsageError
+from .copies import local_file
 from .folder_store import Stored
-from .hub import NothingThere, hub_copy
+from .hub import NothingThere
 from .hub_address import HubAddress, parse_hub_address
 from .hub_pull import list_repository, pull_from_hub
 from .hub_push import push_to_hub
@@ -43,15 +44,7 @@ def exists(location: str) -> bool:
 
 
 def open_file(location: str) -> BinaryIO:
-    address = parse_hub_address(location)
-    above, _, name = address.folder.rpartition("/")
-
-    def choose(names: list[str]) -> list[str]:
-        if name not in names:
-            raise UsageError(f"{address} is no file that is there; correct the name, or list what is there.")
-        return [name]
-
-    return (hub_copy(str(replace(address, folder=above)), choose=choose) / name).open("rb")
+    return local_file(location).open("rb")
 
 
 def at_version(address: HubAddress, version: str | None) -> HubAddress:

@@ -54,7 +54,7 @@ def _add_data_arguments(g) -> None:
 
 
 def _add_adapter_arguments(g) -> None:
-    g.add_argument("--lora_config", help="JSON file with r, lora_alpha, lora_dropout, target_modules, layers_to_transform, use_rslora, use_dora, adapter_type, lokr_factor, lokr_decompose_both, rank_pattern, alpha_pattern (layer name: value); unset: $LORA_CONFIG")
+    g.add_argument("--lora_config", help="JSON file, also s3://… or hf://…, with r, lora_alpha, lora_dropout, target_modules, layers_to_transform, use_rslora, use_dora, adapter_type, lokr_factor, lokr_decompose_both, rank_pattern, alpha_pattern (layer name: value); unset: $LORA_CONFIG")
     g.add_argument("--adapter_type", type=str.lower, default="lora", help="lora if unsure: it loads everywhere; lokr: a Kronecker product, a few per cent of its size")
     g.add_argument("--rank", type=int, default=64, help="rank of the update")
     g.add_argument("--lora_alpha", type=float, default=128.0, help="the update is scaled by alpha / rank")
@@ -114,7 +114,7 @@ def _add_memory_arguments(g) -> None:
 
 
 def _add_validation_arguments(g) -> None:
-    g.add_argument("--validation_data_dir", help="hold out the tracks of this folder or dataset (of its split test, where it has one)")
+    g.add_argument("--validation_data_dir", help="hold out the tracks of this folder or dataset (of its split test, where it has one), also s3://… or hf://…")
     g.add_argument("--validation_fraction", type=float, default=0.0, help="hold out this share of the tracks of --train_data_dir, the same of every genre")
     g.add_argument("--validation_seed", type=int, default=0, help="which tracks --validation_fraction holds out, and the noise and windows they are judged by: independent of --seed, so that runs compare")
     g.add_argument("--max_validation_samples", type=int, default=32, help="validate on at most N held-out tracks, and at the end measure the effect on at most as many training tracks")
@@ -125,7 +125,7 @@ def _add_validation_arguments(g) -> None:
 
 
 def _add_output_arguments(g) -> None:
-    g.add_argument("--output_dir", help="where the adapter goes; unset: output/<exp_name>; s3://bucket/…: a folder in the cache, published there as with --push_to_s3")
+    g.add_argument("--output_dir", help="where the adapter goes; unset: output/<exp_name>; s3://bucket/… or hf://user/name: a folder in the cache, published there as with --push_to_s3 or --push_to_hub")
     g.add_argument("--exp_name", help="unset: <preset>-<data folder>")
     g.add_argument("--overwrite_output_dir", action=argparse.BooleanOptionalAction, default=False, help="start over in a directory that holds a run")
     g.add_argument("--checkpointing_steps", "--every_n_train_steps", type=int, help="a checkpoint every N updates, and always one at the end; unset: 500, or none with --checkpointing_epochs")
@@ -230,7 +230,7 @@ def _lora_config_defaults(chosen: argparse.Namespace) -> dict:
     if not path:
         return {}
     names = {"r": "rank", "target_modules": "lora_layers", "layers_to_transform": "lora_blocks"}
-    values = read_lora_config(Path(path))
+    values = read_lora_config(path)
     for name in ("target_modules", "layers_to_transform"):
         if name in values:
             values[name] = ",".join(map(str, values[name]))

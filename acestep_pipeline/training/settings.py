@@ -13,6 +13,7 @@ from ..data.text.variants import TextOptions
 from ..errors import UsageError
 from ..paths import cache_dir, check_addresses, default_data, default_model
 from ..storage.copies import is_remote
+from ..storage.hub_address import is_on_hub, parse_hub_address
 from ..storage.names import KINDS, address_of, is_address
 from ..storage.remote_folder import can_stream
 from ..storage.s3 import parse_address, shown
@@ -91,15 +92,24 @@ def choose_sources(args: argparse.Namespace) -> dict[str, str]:
         bucket, folder = parse_address(args.output_dir)
         args.push_to_s3, output_from = args.output_dir.rstrip("/"), "the local copy of what --output_dir names"
         args.output_dir = cache_dir() / "runs" / bucket / folder
+    if is_on_hub(args.output_dir or ""):
+        args.push_to_hub, args.hub_model_id = True, hub_repository(args.output_dir, args.hub_model_id)
+        output_from = "the local copy of what --output_dir names"
+        args.output_dir = cache_dir() / "runs" / "hf" / args.hub_model_id  # too short to be a bucket's name
+    for name in ("cache_dir", "logging_dir"):
+        if can_stream(getattr(args, name) or ""):
+            raise UsageError(f"--{name} {getattr(args, name)}: only a folder of this machine will do there; name one.")
     if args.exp_name is None:
         args.exp_name = "-".join(filter(None, (args.preset, Path(data).resolve().name)))
     args.output_dir = Path(args.output_dir).expanduser() if args.output_dir else Path("output") / args.exp_name
+    published = [shown(args.push_to_s3)] if args.push_to_s3 else []
+    published += [f"hf://{args.hub_model_id}"] if args.push_to_hub and args.hub_model_id else []
     return {
         "Preset": args.preset or "none",
         "Model": f"{args.pretrained_model_name_or_path}  ({model_from})",
         "Data": f"{data}  ({data_from})",
         "Output": f"{args.output_dir}  ({output_from})",
-        **({"Published": shown(args.push_to_s3)} if args.push_to_s3 else {}),
+        **({"Published": ", ".join(published)} if published else {}),
         "Optimizer": describe_optimizer(args.optimizer, learning_rate=args.learning_rate),
     }
 
@@ -118,11 +128,29 @@ def published_address(name: str) -> str:
     Raises:
         UsageError: it is neither a name nor an address.
     """
+    if is_on_hub(name):
+        raise UsageError(
+            f"--push_to_s3 {name} is on the Hub; publish there with --push_to_hub --hub_model_id USER/NAME."
+        )
     kind = name.partition("/")[0]
     address = address_of(name if kind in KINDS or is_address(name) else f"lora/{name}")
     if is_remote(address):
         parse_address(address)
     return address.rstrip("/")
+
+
+def hub_repository(output_dir: str, hub_model_id: str | None) -> str:
+    """The `user/name` of an `--output_dir hf://user/name`.
+
+    Raises:
+        UsageError: it is no such address, or `--hub_model_id` names another repository.
+    """
+    address = parse_hub_address(output_dir, kind="model")
+    if address.revision or address.folder:
+        raise UsageError(f"--output_dir {address}: a run is published to a repository; write {address.repository}.")
+    if hub_model_id not in (None, address.repo_id):
+        raise UsageError("--output_dir hf://… and --hub_model_id both say where to publish; give one of them.")
+    return address.repo_id
 
 
 def fill_model_defaults(args: argparse.Namespace, config, *, is_turbo: bool) -> None:
@@ -219,8 +247,6 @@ def describe_run(
         dataset: `summarise_tracks` of what was trained on.
         costs: rows for its table, of what the run took.
     """
-    from ..storage.hub_address import is_on_hub, parse_hub_address
-
     kind = describe_kind(facts["lora"])
     data, dataset_id = args.dataset_name or args.train_data_dir, args.dataset_name
     if is_on_hub(data):
