@@ -167,6 +167,7 @@ def train(args: argparse.Namespace) -> None:
         base_quantization=args.base_quantization,
         gradient_checkpointing=args.gradient_checkpointing_ratio if args.gradient_checkpointing else 0.0,
         offload=args.offload,
+        torch_compile=args.torch_compile,
         seed=args.seed,
     )
     transformer, tracks, facts, dataset = inputs.transformer, inputs.tracks, inputs.facts, inputs.dataset
@@ -211,15 +212,16 @@ def train(args: argparse.Namespace) -> None:
     model, optimizer = parallel.prepare(transformer, optimizer)
 
     # -------------------------------------------------------------------------------------------------- validation
+    error_of = functools.partial(
+        squared_error,
+        condition_mask=inputs.condition_mask,
+        silence_latent=inputs.silence_latent,
+        null_condition_emb=inputs.null_condition_emb,
+    )
     meter = LossMeter(
         accelerator,
         model,
-        functools.partial(
-            squared_error,
-            condition_mask=inputs.condition_mask,
-            silence_latent=inputs.silence_latent,
-            null_condition_emb=inputs.null_condition_emb,
-        ),
+        error_of,
         config=transformer.config,
         num_draws=args.num_validation_draws,
         seed=args.validation_seed,
@@ -300,7 +302,7 @@ def train(args: argparse.Namespace) -> None:
     )
     draw = settings.draw_settings(args, items_per_update=planner.effective_batch_size)
     checkpoint_every = {"every_updates": args.checkpointing_steps, "every_epochs": args.checkpointing_epochs}
-    loader = batching.BatchLoader(tracks, draw, pin_memory=device.type == "cuda")
+    loader = batching.BatchLoader(tracks, draw, pin_memory=device.type == "cuda", bucket_conditions=args.torch_compile)
     channels = inputs.silence_latent.shape[-1]
     started = time.monotonic() - (metrics_file.seconds if main else 0)
     interruption, stop = Interruption(), 0  # from here SIGTERM and SIGINT wait for the end of an update
@@ -312,6 +314,17 @@ def train(args: argparse.Namespace) -> None:
             previewer.write(transformer, update=0)
     # Again from an update whose forward passes did not fit into memory.
     while done < num_updates and not stop and not validator.should_stop:
+        if inputs.compiled:
+            with accelerator.no_sync(model):
+                inputs.compiled.compile_common(
+                    planner,
+                    loader,
+                    forward=functools.partial(error_of, model),
+                    parameters=inputs.lora_parameters,
+                    precision=weight_dtype,
+                    device=device,
+                )
+            say(inputs.compiled.describe(inputs.frames_per_second))
         plans, ahead = itertools.tee(planner.plans_from(done, num_updates))
         own_micro_batches = (micro for update in ahead for micro in update[rank])
         batches = loader.stream(own_micro_batches, num_workers=args.dataloader_num_workers)
@@ -326,10 +339,7 @@ def train(args: argparse.Namespace) -> None:
                     # Dropout is keyed like all else that is random, so that a resumed run repeats it.
                     torch.manual_seed(batching.keyed_seed(args.seed, "dropout", done, step, rank))
                     with accelerator.no_sync(model):  # gradients are summed over processes below
-                        loss = squared_error(
-                            model, batch, inputs.condition_mask, inputs.silence_latent, inputs.null_condition_emb
-                        )
-                        loss = micro.weight * loss / elements
+                        loss = micro.weight * error_of(model, batch) / elements
                         parallel.backward(loss)
                     update_loss += loss.detach()
                     losses.append(([tracks[item.track].id for item in micro.items], batch["sigmas"], loss.detach()))
@@ -416,6 +426,7 @@ def train(args: argparse.Namespace) -> None:
     elif not_sent := uploads.finish(STOP_GRACE_S):
         say(f"warning: {not_sent}")
     accelerator.wait_for_everyone()
+    compiled_rows = inputs.compiled.rows() if inputs.compiled else []
     # Before the process group ends: a DDP model that outlives it waits in its destructor for the group's threads,
     # which wait for the interpreter. And the report loads a model of its own.
     del model, transformer, inputs, optimizer, average, state, meter, validator
@@ -427,13 +438,18 @@ def train(args: argparse.Namespace) -> None:
     if not main:
         return
     say(f"\nTrained {done} updates in {training_s:.0f} s.")
+    for name, value in compiled_rows:
+        say(f"{name.capitalize()}: {value}.")
     report = write_final_report(
         args.output_dir,
         name=args.exp_name,
         prompts=prompts[: args.num_validation_samples],
         example_prompt=tracks[0].windows[0].fields.prompt,
         about=settings.describe_run(
-            args, facts, dataset=dataset, costs=cost_rows(device, num_processes=num_processes, training_s=training_s)
+            args,
+            facts,
+            dataset=dataset,
+            costs=cost_rows(device, num_processes=num_processes, training_s=training_s) + compiled_rows,
         ),
         measured=measured,
         tracks=tracks,

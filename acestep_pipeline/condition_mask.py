@@ -72,13 +72,18 @@ def padding_hidden(condition_encoder: torch.nn.Module, transformer: torch.nn.Mod
             condition_mask.remove()
 
 
-def pad_conditions(conditions: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stack conditions `[tokens, dim]` with zeros after the shorter ones.
+def pad_conditions(
+    conditions: list[torch.Tensor], num_tokens: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stack conditions `[tokens, dim]` with zeros after the shorter ones, up to `num_tokens` if it is given.
 
     Returns:
-        `[batch, longest, dim]`, and the mask for `ConditionMask.set`, None if all lengths are equal.
+        `[batch, longest or num_tokens, dim]`, and the mask for `ConditionMask.set`; without `num_tokens` None if all
+        lengths are equal.
     """
     lengths = torch.tensor([len(condition) for condition in conditions])
     padded = torch.nn.utils.rnn.pad_sequence(conditions, batch_first=True)
+    if num_tokens is not None:
+        padded = torch.nn.functional.pad(padded, (0, 0, 0, num_tokens - padded.shape[1]))
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    return padded, None if mask.all() else mask
+    return padded, None if num_tokens is None and mask.all() else mask

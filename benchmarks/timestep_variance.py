@@ -69,6 +69,7 @@ def load_inputs(music: Path, *, seconds: int, max_tracks: int, rank: int) -> Tra
         base_quantization="none",
         gradient_checkpointing=0.0,
         offload=False,
+        torch_compile=False,
         seed=0,
     )
 

@@ -21,7 +21,17 @@ from acestep_pipeline.errors import UsageError
 from acestep_pipeline.estimation.compute_time import pass_work
 from acestep_pipeline.estimation.gpus import Gpu, find_gpu
 from acestep_pipeline.estimation.memory_use import Batch, Precision
-from benchmarks.training_ways import FRAMES_PER_SECOND, PHASES, PRESET, Bench, Case, count_flops, synchronize
+from benchmarks.training_ways import (
+    FRAMES_PER_SECOND,
+    PHASES,
+    PRESET,
+    RATIOS,
+    TRICKS,
+    Bench,
+    Case,
+    count_flops,
+    synchronize,
+)
 
 WARM_UP, TURN, SPLIT_UPDATES = 3, 4, 3
 
@@ -47,6 +57,12 @@ def measure(case: Case, ways: tuple[str, ...], *, updates: int) -> list[dict]:
             if run.way != "ours" and "ours" in runs:
                 pairs = zip(run.turns, runs["ours"].turns, strict=True)
                 row["vs_ours"] = spread([mine / other for mine, other in pairs], digits=4)
+            if run.way == "compiled":
+                row["compile_s"] = round(sum(shape.seconds for shape in bench.compiled.shapes), 1)
+                row["shapes"] = len(bench.compiled.shapes)
+                row["recompilations"] = bench.compiled.num_recompilations
+            if run.way in (*TRICKS, *RATIOS, "ours_dense"):
+                row["difference"] = bench.difference(run.way)
         return rows
 
 
@@ -55,7 +71,7 @@ class Run:
 
     def __init__(self, bench: Bench, way: str) -> None:
         self.bench, self.way = bench, way
-        self.steps: Iterator[None] = getattr(bench, way)()
+        self.steps: Iterator[None] = bench.steps(way)
         self.seconds: list[float] = []
         self.turns: list[float] = []  # seconds of an update, the mean over each turn
         self.peak_bytes = 0

@@ -27,11 +27,19 @@ from benchmarks.training_measure import measure
 from benchmarks.training_ways import Case
 
 SIDE_BY_SIDE, MASKS = ("bare", "peers", "ours"), ("ours_dense", "ours")
+COMPILED = ("ours", "compiled")
+# Ours, and without one trick each.
+TRICKED = (
+    "ours", "one_by_one", "ours_dense", "padded", "plain_optimizer", "waiting", "not_read_ahead", "half_checkpointed",
+    "checkpointed",
+)  # fmt: skip
 # Stage -> configurations, each with the ways that take turns.
 CPU_STAGES: dict[str, list[tuple[Case, tuple[str, ...]]]] = {
     "side_by_side": [(Case("small", 30), SIDE_BY_SIDE)],
     "masks": [(Case("small", 60), MASKS), (Case("small", 240, windows=1), MASKS)],
     "lengths": [(Case("small", 120), ("ours",))],
+    "compiled": [(Case("small", 30), COMPILED)],
+    "tricks": [(Case("small", 30), TRICKED)],
 }
 GPU_STAGES: dict[str, list[tuple[Case, tuple[str, ...]]]] = {
     "side_by_side": [(Case("2b", seconds), SIDE_BY_SIDE) for seconds in (60, 30)],
@@ -39,6 +47,8 @@ GPU_STAGES: dict[str, list[tuple[Case, tuple[str, ...]]]] = {
     "checkpointing": [(Case("2b", seconds, checkpointing=1.0), ("ours",)) for seconds in (60, 120, 240)],
     "conditions": [(Case("2b", 60, tokens, tokens), ("ours",)) for tokens in (30, 100, 400)],
     "masks": [(Case("2b", seconds, checkpointing=1.0), MASKS) for seconds in (60, 240)],
+    "compiled": [(Case("2b", 60, checkpointing=ratio), COMPILED) for ratio in (0.0, 1.0)],
+    "tricks": [(Case("2b", 60), TRICKED)],
     "xl": [(Case("xl", seconds), ("ours",)) for seconds in (30, 60)]
     + [(Case("xl", seconds, checkpointing=1.0), ("ours",)) for seconds in (60, 120, 240)],
 }
@@ -103,6 +113,10 @@ def describe_row(row: dict) -> str:
     ms, mfu = row["ms_per_update"], row["mfu"]
     line = f"{row['way']:14}{ms['median']:9.1f} ms ({ms['q1']:.1f}-{ms['q3']:.1f}){row['tracks_per_s']:9.2f} tracks/s"
     line += f"{row['tflop_per_s']:9.3f} TFLOP/s" + ("" if mfu is None else f"{100 * mfu:6.1f} % MFU")
+    if "compile_s" in row:
+        line += f", {row['compile_s']} s to compile, {row['recompilations']} recompilations"
+    if "difference" in row:
+        line += f", differs by {row['difference']:.1g}"
     return line + "".join(
         f", {value['median']:.3f} × {name.removeprefix('vs_')}" for name, value in row.items() if name[:3] == "vs_"
     )

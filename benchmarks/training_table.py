@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Writes the tables of README's "How fast" from `results/training_speed_*.json`, and judges the targets.
+"""Writes tables of `results/training_speed_*.json`: how fast, into README.md, and what each trick gains, into
+docs/training.md; and judges the targets.
 
-    python benchmarks/training_table.py          into README.md
-    python benchmarks/training_table.py --check  exit status 1 if README.md says something else
+    python benchmarks/training_table.py          into both pages
+    python benchmarks/training_table.py --check  exit status 1 if one of them says something else
 
 What was not run is blank.
 """
@@ -15,19 +16,34 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline.errors import one_sentence_errors
-from benchmarks.results_file import RESULTS, read_rows, write_tables
+from benchmarks.results_file import RESULTS, ROOT, read_rows, write_tables
 from benchmarks.training_speed import SUITES, Case, describe
+from benchmarks.training_ways import PADDED_TOKENS
 
+TRAINING_PAGE = ROOT / "docs" / "training.md"
+# Way without it -> the trick, and the test of its equality in `tests/`.
+TRICK_ROWS = {
+    "one_by_one": ("all windows of an update in one pass, not one by one", "test_update_division.py"),
+    "ours_dense": ("attention within the window, not under a dense mask", "test_masked_attention.py"),
+    "padded": (f"conditions padded to the batch's longest, not to {PADDED_TOKENS} tokens", "test_condition_mask.py"),
+    "plain_optimizer": ("AdamW in one call (on CUDA one kernel), not one parameter at a time", "test_optimizers.py"),
+    "waiting": ("no number asked of the device within an update", "test_training_speed.py"),
+    "not_read_ahead": ("batches read ahead by a thread", "test_batching.py"),
+    "compiled": ("`--torch_compile`", "test_compilation.py"),
+    "half_checkpointed": ("`--gradient_checkpointing_ratio 0.5`", "test_memory.py"),
+    "checkpointed": ("`--gradient_checkpointing`", "test_memory.py"),
+}
 # What the product page says of 100 tracks × 100 epochs on an H100.
 PAGE_HOURS = 5
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write README.md, or compare it."""
+    """Write the pages, or compare them."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--check", action="store_true", help="only say whether README.md is what the results say")
+    p.add_argument("--check", action="store_true", help="only say whether the pages are what the results say")
     args = p.parse_args(argv)
     write_tables("benchmarks/training_table.py", tables(), check=args.check)
+    write_tables("benchmarks/training_table.py", tricks_table(), page=TRAINING_PAGE, check=args.check)
 
 
 def tables(results: Path = RESULTS) -> str:
@@ -52,7 +68,8 @@ def speed_table(rows: dict[str, list[dict]]) -> list[str]:
         "| 50, 100, 200 tracks |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for suite, stages in SUITES.items():
+    for suite, all_stages in SUITES.items():
+        stages = {stage: runs for stage, runs in all_stages.items() if stage not in ("compiled", "tricks")}
         stage_of = {case: stage for stage, configurations in stages.items() for case, _ in configurations}
         # Alone if it is, so that the memory is its own.
         stage_of |= {case: stage for stage, runs in stages.items() for case, ways in runs if ways == ("ours",)}
@@ -88,15 +105,66 @@ def comparison_table(rows: dict[str, list[dict]]) -> list[str]:
     """Time of the other ways beside ours, in one run."""
     lines = [
         "| time of an update beside this trainer's, in one run | a bare loop | as other trainers do it "
-        "| with dense masks |",
-        "|---|---|---|---|",
+        "| with dense masks | compiled |",
+        "|---|---|---|---|---|",
     ]
     for suite, stages in SUITES.items():
-        for stage in ("side_by_side", "masks"):
-            for case, _ in stages[stage]:
-                cells = [ratio(find(rows[suite], case, way, stage)) for way in ("bare", "peers", "ours_dense")]
-                lines.append(f"| {suite.upper()}: {describe(case)} | {' | '.join(cells)} |")
+        compared = [(case, stage) for stage in ("side_by_side", "masks", "compiled") for case, _ in stages[stage]]
+        for case in dict.fromkeys(case for case, _ in compared):
+            of_case = [stage for other, stage in compared if other == case]
+
+            def row(way: str, case=case, rows=rows[suite], of_case=of_case) -> dict | None:
+                return next(filter(None, (find(rows, case, way, stage) for stage in of_case)), None)
+
+            cells = [ratio(row(way)) for way in ("bare", "peers", "ours_dense")] + [compiled_cell(row("compiled"))]
+            lines.append(f"| {suite.upper()}: {describe(case)} | {' | '.join(cells)} |")
     return lines
+
+
+def compiled_cell(row: dict | None) -> str:
+    """The time of an update, and apart from it what had to be compiled first, and again."""
+    if row is None:
+        return ""
+    return (
+        f"{ratio(row)}; {row['shapes']} shapes compiled in {row['compile_s']:.0f} s before, "
+        f"{row['recompilations']} graphs again"
+    )
+
+
+def tricks_table(results: Path = RESULTS) -> str:
+    """What each trick gains, of time or memory, and by how much it changes the gradients."""
+    rows = {suite: read_rows(results / f"training_speed_{suite}.json") for suite in SUITES}
+    cases = {suite: stages["tricks"][0][0] for suite, stages in SUITES.items()}
+    named = [f"time without it / with it, {suite.upper()}: {describe(case)}" for suite, case in cases.items()]
+    lines = [
+        f"| trick | {' | '.join(named)} | the gradients differ by | test |",
+        "|---" * (len(named) + 3) + "|",
+    ]
+    for way, (name, test) in TRICK_ROWS.items():
+        found = {suite: trick_row(rows[suite], cases[suite], way) for suite in SUITES}
+        cells = [
+            trick_cell(way, row, find(rows[suite], cases[suite], "ours", "tricks")) for suite, row in found.items()
+        ]
+        differences = [
+            f"{row['difference']:.1g} ({row['precision']})" for row in found.values() if row and "difference" in row
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(differences)} | `{test}` |")
+    return "\n".join(lines)
+
+
+def trick_row(rows: list[dict], case: Case, way: str) -> dict | None:
+    """What was measured without a trick; or with it, of those that are flags."""
+    return find(rows, case, way, "compiled" if way == "compiled" else "tricks")
+
+
+def trick_cell(way: str, row: dict | None, ours: dict | None) -> str:
+    """The gain: time without the trick over time with it; and of checkpointing, the memory that is left."""
+    if row is None:
+        return ""
+    taken = row["vs_ours"]["median"]
+    if "checkpointed" in way and ours:
+        return f"{1 / taken:.2f}, memory {row['peak_memory_bytes'] / ours['peak_memory_bytes']:.2f} of that without"
+    return f"{1 / taken if way == 'compiled' else taken:.2f}"
 
 
 def ratio(row: dict | None) -> str:

@@ -4,6 +4,9 @@ Each way is a generator that ends an optimizer update at every `yield`:
 
 - `ours`: the steps of `train_ace_step_lora.py`'s loop, with the package's functions, on a latent cache on disk;
 - `ours_dense`: the same with diffusers' own attention, and its dense masks;
+- `compiled`: ours with the blocks compiled, as `--torch_compile` does it;
+- `one_by_one`, `padded`, `plain_optimizer`, `waiting`, `not_read_ahead`: ours without one trick each (`Tricks`);
+- `checkpointed`, `half_checkpointed`: ours with all blocks, or half of them, computed again;
 - `bare`: forward, backward, clip and AdamW on batches that lie in memory, written down without a package;
 - `peers`: as other trainers of this model do it: one window in a forward pass, four of them accumulated, conditions
   padded to ~770 tokens that are attended to, a dense additive mask in every attention, AdamW in plain loops.
@@ -21,6 +24,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from acestep_pipeline.adapters.settings import LoraSettings
@@ -36,6 +40,7 @@ from acestep_pipeline.masked_attention import use_masked_attention
 from acestep_pipeline.presets import load_preset
 from acestep_pipeline.prompt_fields import PromptFields
 from acestep_pipeline.training import optimization, setup
+from acestep_pipeline.training.compilation import CompiledBlocks, relative_difference
 from acestep_pipeline.training.health import NanGuard
 from acestep_pipeline.training.interruption import Interruption
 from acestep_pipeline.training.memory import enable_gradient_checkpointing
@@ -68,6 +73,32 @@ class Case:
         """Condition tokens of each track."""
         ratio = self.most_tokens / self.least_tokens
         return [round(self.least_tokens * ratio ** (index / (NUM_TRACKS - 1))) for index in range(NUM_TRACKS)]
+
+
+@dataclass(frozen=True)
+class Tricks:
+    """What the script's loop does, each of which a way may leave out: all windows of an update in one pass; conditions
+    no longer than the batch's longest; one call of AdamW for all parameters (foreach, on CUDA fused); no waiting for
+    the device within an update; batches read ahead; and with `compiled`, blocks as compiled code."""
+
+    one_pass: bool = True
+    trimmed: bool = True
+    joint_optimizer: bool = True
+    no_waiting: bool = True
+    read_ahead: bool = True
+    compiled: bool = False
+
+
+# What a way leaves out of ours, or adds to it; and the share of blocks that it checkpoints, if not the case's.
+TRICKS = {
+    "one_by_one": Tricks(one_pass=False),
+    "padded": Tricks(trimmed=False),
+    "plain_optimizer": Tricks(joint_optimizer=False),
+    "waiting": Tricks(no_waiting=False),
+    "not_read_ahead": Tricks(read_ahead=False),
+    "compiled": Tricks(compiled=True),
+}
+RATIOS = {"checkpointed": 1.0, "half_checkpointed": 0.5}
 
 
 class PhaseClock:
@@ -142,8 +173,17 @@ class Bench:
         use_masked_attention(self.transformer)
         self.our_processors = {module: module.processor for module in attentions}
         self.adapter = inspect_adapter(self.transformer, dropout=PRESET["lora_dropout"])
-        if case.checkpointing:
-            enable_gradient_checkpointing(self.transformer, case.checkpointing)
+        blocks = self.transformer.layers
+        # The share of checkpointed blocks, and whether they are compiled -> how each computes.
+        self.forwards = {(0.0, False): [block.forward for block in blocks]}
+        self.compiled = CompiledBlocks(self.transformer)
+        self.forwards[0.0, True] = [block.forward for block in blocks]
+        for ratio in {case.checkpointing, 0.5, 1.0} - {0.0}:
+            for compiled in (False, True):
+                self.use_blocks(0.0, compiled=compiled)
+                enable_gradient_checkpointing(self.transformer, ratio)
+                self.forwards[ratio, compiled] = [block.forward for block in blocks]
+        self.use_blocks(case.checkpointing, compiled=False)
         self.transformer.train()
         width = condition_width(self.transformer)
         self.condition_mask = ConditionMask(self.transformer)
@@ -151,14 +191,23 @@ class Bench:
         self.null_condition_emb = torch.randn(1, 1, width, device=self.device, dtype=self.dtype)
         self.tracks = write_tracks(case, width, folder, self.dtype)
         self.effective_batch_size = case.windows
-        self.loader = batching.BatchLoader(
-            self.tracks,
-            DrawSettings(seed=42, cfg_dropout=0.15, items_per_update=self.effective_batch_size),
-            pin_memory=self.device.type == "cuda",
+        self.loader, self.bucketed_loader = (
+            batching.BatchLoader(
+                self.tracks,
+                DrawSettings(seed=42, cfg_dropout=0.15, items_per_update=self.effective_batch_size),
+                pin_memory=self.device.type == "cuda",
+                bucket_conditions=bucketed,
+            )
+            for bucketed in (False, True)
         )
         self.bare_forward = self.transformer.forward  # which Accelerate wraps
         self.model = self.accelerator.prepare_model(self.transformer)
         self.clock = PhaseClock(self.device)
+
+    def use_blocks(self, ratio: float, *, compiled: bool) -> None:
+        """Let the blocks compute as `forwards` has it."""
+        for block, forward in zip(self.transformer.layers, self.forwards[ratio, compiled], strict=True):
+            block.forward = forward
 
     def planner(self, micro_batch_size: int) -> batching.EpochPlanner:
         """The updates of a run with so many windows in a forward pass."""
@@ -221,25 +270,38 @@ class Bench:
             self.clock.ended("optimizer")
             yield
 
-    def ours(self) -> Iterator[None]:
+    def ours(self, tricks: Tricks = Tricks()) -> Iterator[None]:
         """The loop of the script: data read ahead from the cache, NaN guard, schedule, metrics and all."""
         parallel = choose_parallelism(self.accelerator, max_grad_norm=PRESET["max_grad_norm"])
         optimizer = optimization.build_optimizer(
             self.parameters, optimizer="adamw", learning_rate=PRESET["learning_rate"], adam_beta1=0.9,
-            adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8, fused=self.device.type == "cuda",
+            adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8,
+            fused=self.device.type == "cuda" and tricks.joint_optimizer,
         )  # fmt: skip
+        if not tricks.joint_optimizer:
+            for group in optimizer.param_groups:
+                group["foreach"] = False
         lr_scheduler = optimization.build_lr_scheduler(
             optimizer, lr_scheduler=PRESET["lr_scheduler"], lr_warmup_steps=100, num_updates=10**6
         )
         optimizer = self.accelerator.prepare_optimizer(optimizer)
         guard, interruption = NanGuard(stops=True, scaler=None), Interruption()
         metrics = MetricsFile(Path(tempfile.mkdtemp(dir=self.folder)), first_update=0)
-        plans, ahead = itertools.tee(self.planner(self.effective_batch_size).plans_from(0, 10**6))
-        batches = self.loader.stream((micro for update in ahead for micro in update[0]), num_workers=1)
+        planner = self.planner(self.effective_batch_size if tricks.one_pass else 1)
+        loader = self.bucketed_loader if tricks.compiled else self.loader
+        if tricks.compiled:
+            self.compiled.compile_common(
+                planner, loader, forward=functools.partial(self.loss, self.model), parameters=self.parameters,
+                precision=self.dtype, device=self.device,
+            )  # fmt: skip
+        plans, ahead = itertools.tee(planner.plans_from(0, 10**6))
+        micro_batches = (micro for update in ahead for micro in update[0])
+        batches = loader.stream(micro_batches, num_workers=int(tricks.read_ahead))
         with contextlib.closing(batches), contextlib.closing(metrics):
             try:
                 for done, update in enumerate(plans):
-                    line = self._our_update(update[0], batches, parallel, interruption)
+                    own = batches if tricks.trimmed else map(pad_to_most, batches)
+                    line = self._our_update(update[0], own, parallel, interruption, tricks)
                     if not guard.refuses(line["loss"], line["grad_norm"]):
                         optimizer.step()
                         lr_scheduler.step()
@@ -252,7 +314,9 @@ class Bench:
             finally:
                 interruption.release()
 
-    def _our_update(self, micro_batches: list, batches: Iterator, parallel, interruption: Interruption) -> dict:
+    def _our_update(
+        self, micro_batches: list, batches: Iterator, parallel, interruption: Interruption, tricks: Tricks
+    ) -> dict:
         """Forward and backward passes of an update, and what comes of them."""
         items = [item for micro in micro_batches for item in micro.items]
         update_loss = torch.zeros((), device=self.device)
@@ -261,24 +325,73 @@ class Bench:
             self.clock.ended("data")
             torch.manual_seed(batching.keyed_seed(42, "dropout", micro.update, step, 0))
             loss = self.loss(self.model, batch) * (micro.weight / self.elements(len(items)))
+            if not tricks.no_waiting:
+                loss.item()
             self.clock.ended("forward")
             parallel.backward(loss)
             update_loss += loss.detach()
+            if not tricks.no_waiting:
+                batch["sigmas"].tolist(), update_loss.item(), self.parameters[-1].grad.norm().item()
             self.clock.ended("backward")
         sums = torch.stack([update_loss, update_loss.new_tensor(False)])
         (update_loss, _), _ = interruption.agree(self.accelerator, sums)
         self.clock.ended("other")
         return {"loss": update_loss, "grad_norm": parallel.finish_gradients(self.parameters)}
 
-    def ours_dense(self) -> Iterator[None]:
-        """`ours`, to be run within its own `attention`."""
-        return self.ours()
+    def steps(self, way: str) -> Iterator[None]:
+        """The updates of a way, each to be made within its own `attention`."""
+        if way in ("bare", "peers"):
+            return getattr(self, way)()
+        return self.ours(TRICKS.get(way, Tricks()))
 
     def attention(self, way: str) -> contextlib.AbstractContextManager:
-        """What `way` attends with, set up here; and what its updates have to be made within."""
-        for module, processor in (self.our_processors if way == "ours" else self.dense_processors).items():
+        """What `way` attends and computes with, set up here; and what its updates have to be made within."""
+        dense = way in ("bare", "peers", "ours_dense")
+        for module, processor in (self.dense_processors if dense else self.our_processors).items():
             module.set_processor(processor)
+        self.use_blocks(RATIOS.get(way, self.case.checkpointing), compiled=way == "compiled")
         return self.dense_masks() if way == "peers" else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def no_dropout(self) -> Iterator[None]:
+        """Inside, the adapter drops nothing, and afterwards its weights are what they were."""
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        dropouts = [module for module in self.transformer.modules() if isinstance(module, torch.nn.Dropout)]
+        shares = [module.p for module in dropouts]
+        try:
+            for module in dropouts:
+                module.p = 0.0
+            yield
+        finally:
+            for module, share in zip(dropouts, shares, strict=True):
+                module.p = share
+            with torch.no_grad():
+                for parameter, before in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(before)
+
+    def first_step(self, way: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Without dropout: the clipped gradients of a way's first update, and the steps that its optimizer makes."""
+        gradients = []
+
+        def keep(*_) -> None:
+            gradients.extend(parameter.grad.clone() for parameter in self.parameters)
+
+        hook = register_optimizer_step_pre_hook(keep)
+        try:
+            with self.no_dropout(), self.attention(way), contextlib.closing(self.steps(way)) as steps:
+                before = [parameter.detach().clone() for parameter in self.parameters]
+                next(steps)
+                return gradients, [p.detach() - b for p, b in zip(self.parameters, before, strict=True)]
+        finally:
+            hook.remove()
+
+    def difference(self, way: str) -> float:
+        """By how much of their norm a way's gradients differ from ours, in the first update; of another optimizer, its
+        step; of compiled blocks, what was found when they were compiled."""
+        if way == "compiled":
+            return max(compiled.difference for compiled in self.compiled.shapes)
+        kind = int(way == "plain_optimizer")
+        return relative_difference(self.first_step(way)[kind], self.first_step("ours")[kind])
 
     @contextlib.contextmanager
     def dense_masks(self) -> Iterator[None]:
@@ -298,6 +411,18 @@ class Bench:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def pad_to_most(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch with conditions of `PADDED_TOKENS`, the padding hidden by a mask."""
+    states = batch["encoder_hidden_states"]
+    items, tokens = states.shape[:2]
+    mask = batch.get("condition_mask", torch.ones(items, tokens, dtype=torch.bool))
+    missing = PADDED_TOKENS - tokens
+    return batch | {
+        "encoder_hidden_states": torch.nn.functional.pad(states, (0, 0, 0, missing)),
+        "condition_mask": torch.nn.functional.pad(mask, (0, missing)),
+    }
 
 
 @functools.cache

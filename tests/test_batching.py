@@ -348,6 +348,16 @@ def test_conditions_of_unequal_length_come_with_a_mask(tracks, tmp_path):
     assert torch.equal(batch["encoder_hidden_states"][0, :5], load_condition(tracks[0].windows[0]))
 
 
+def test_the_shape_of_a_pass_is_known_without_reading_it(tracks):
+    for bucketed, tokens in ((False, 5), (True, 8)):
+        loader = BatchLoader(tracks, SETTINGS, bucket_conditions=bucketed)
+        micro = MicroBatch(update=0, items=(Item(0, 0), Item(1, 0)), slots=(0, 1))
+        assert loader.shape(micro) == (2, 50, tokens)
+        batch = loader.load(micro)
+        assert batch["latents"].shape[:2] == (2, 50) and batch["encoder_hidden_states"].shape[1] == tokens
+        assert ("condition_mask" in batch) == bucketed
+
+
 def test_draws_differ_between_updates_and_each_is_of_its_window(tracks):
     starts, sigmas, dropped = Counter(), set(), []
     plans = planner(tracks, accumulation=1)

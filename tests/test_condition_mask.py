@@ -47,8 +47,9 @@ def gradients(transformer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("num_tokens", [None, 64])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_padded_batch_is_its_items_one_by_one(transformer, checkpointing):
+def test_a_padded_batch_is_its_items_one_by_one(transformer, checkpointing, num_tokens):
     if checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.train()
@@ -62,7 +63,7 @@ def test_a_padded_batch_is_its_items_one_by_one(transformer, checkpointing):
     alone = torch.cat(alone)
     expected = gradients(transformer, alone.square().sum())
 
-    padded, real = pad_conditions(conditions(transformer))
+    padded, real = pad_conditions(conditions(transformer), num_tokens)
     mask.set(real)
     together = transformer(**batch, encoder_hidden_states=padded, return_dict=False)[0]
     assert torch.allclose(together, alone, rtol=1e-5, atol=1e-5)
@@ -81,6 +82,9 @@ def test_equal_lengths_need_no_mask():
     assert padded.shape == (2, 4, 2) and mask is None
     padded, mask = pad_conditions([torch.ones(1, 2), torch.ones(3, 2)])
     assert mask.tolist() == [[True, False, False], [True, True, True]] and padded[0, 1:].abs().sum() == 0
+    padded, mask = pad_conditions([torch.ones(2, 2)], 4)
+    assert mask.tolist() == [[True, True, False, False]] and padded[0].sum(1).tolist() == [2, 2, 0, 0]
+    assert pad_conditions([torch.ones(2, 2)], 2)[1].all(), "a mask even so: one shape, one graph"
 
 
 def test_diffusers_still_passes_no_mask_itself():

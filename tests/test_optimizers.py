@@ -82,6 +82,25 @@ def test_state_survives_json_and_tensors(name, tmp_path):
         assert torch.equal(own, clone)
 
 
+def test_adamw_in_one_kernel_or_one_call_steps_as_a_loop_over_parameters_does():
+    weights = {}
+    for way in ("loop", "foreach", "fused"):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((8, 4), (4, 8), (4,))]
+        optimizer = adam("adamw", parameters, fused=way == "fused")
+        if way != "fused":
+            for group in optimizer.param_groups:
+                group["foreach"] = way == "foreach"
+        for _ in range(5):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape)
+            optimizer.step()
+        weights[way] = parameters
+    for way in ("foreach", "fused"):
+        for one, other in zip(weights[way], weights["loop"], strict=True):
+            assert torch.allclose(one, other, rtol=1e-5, atol=1e-6), way
+
+
 def test_vectors_are_not_decayed():
     """A gradient of zero leaves weight decay alone: matrices shrink, DoRA's magnitudes stay what they were."""
     matrix, vector = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4))

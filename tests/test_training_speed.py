@@ -6,10 +6,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from acestep_pipeline.errors import UsageError
+from acestep_pipeline.training.compilation import relative_difference
 from benchmarks import training_measure, training_speed, training_table, training_ways
-from benchmarks.training_ways import Bench, Case
+from benchmarks.training_ways import RATIOS, TRICKS, Bench, Case
 
 CASE = Case("small", 2)
 
@@ -100,6 +102,32 @@ def test_all_ways_train_on_the_same(monkeypatch):
         next(bench.peers())
         assert seen == [(1, training_ways.PADDED_TOKENS)] * 4
         assert not before.equal(bench.parameters[0])
+
+
+def test_every_trick_trains_on_the_same():
+    """Beside the tests of each part: the gradients of a whole update, or its step, without each trick."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(CASE, Path(folder))
+        before = [parameter.clone() for parameter in bench.parameters]
+        for way in (*TRICKS.keys() - {"compiled"}, *RATIOS, "ours_dense"):
+            assert bench.difference(way) <= 1e-5, way
+        assert all(map(torch.equal, before, bench.parameters))
+        assert bench.transformer.layers[0].self_attn.to_q.lora_dropout["default"].p == 0.05
+        gradients, _ = bench.first_step("ours")
+        bench.parameters[0].data.mul_(1.1)
+        changed, _ = bench.first_step("ours")
+        assert relative_difference(changed, gradients) > 1e-3, "or it could not tell"
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_timed_apart_and_compiled_once(tmp_path):
+    flags = ["--suite", "cpu", "--max_seconds", "2", "--updates", "4", "--output", str(tmp_path / "results.json")]
+    training_speed.main([*flags, "--stages", "compiled"])
+    ours, compiled = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (ours["way"], compiled["way"]) == ("ours", "compiled") and "compile_s" not in ours
+    assert compiled["recompilations"] == 0 and compiled["shapes"] >= 1 and compiled["compile_s"] > 1
+    assert compiled["difference"] <= 1e-5
+    assert compiled["ms_per_update"]["q3"] < 1000 * compiled["compile_s"] / 2
 
 
 def test_targets_are_met_missed_or_not_run(rehearsed):

@@ -245,13 +245,35 @@ def draw_wording(window: Window, settings: DrawSettings, update: int, slot: int)
     return window.without_tags if dropped else orders[order]
 
 
+def longest_condition(tracks: Sequence[CachedTrack]) -> int:
+    """The most condition tokens of any window, in any wording."""
+    windows = (window for track in tracks for window in track.windows)
+    return max(wording.num_condition_tokens for window in windows for wording in window.wordings())
+
+
+def condition_bucket(tokens: int, *, longest: int) -> int:
+    """The next power of two from 64 on, but no more than the longest condition there is, rounded up to a multiple of 8
+    (which fused attention on CUDA likes its masks to be)."""
+    return min(max(64, 1 << (tokens - 1).bit_length()), -(-longest // 8) * 8)
+
+
 class BatchLoader:
     """From a `MicroBatch` to the tensors of a forward pass (in float32, on the CPU). Several threads may call it."""
 
-    def __init__(self, tracks: list[CachedTrack], settings: DrawSettings, *, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        tracks: list[CachedTrack],
+        settings: DrawSettings,
+        *,
+        pin_memory: bool = False,
+        bucket_conditions: bool = False,
+    ) -> None:
+        """Take the tracks, what is random about an item, whether to lock its memory, and whether to pad conditions to
+        a few lengths (`condition_bucket`), under a mask, so that few shapes occur."""
         self.tracks = tracks
         self.settings = settings
         self.pin_memory = pin_memory
+        self.longest_condition = longest_condition(tracks) if bucket_conditions else None
         self.weighting = loss_weighting(settings)
 
     def stream(self, micro_batches: Iterable[MicroBatch], *, num_workers: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -270,10 +292,23 @@ class BatchLoader:
             weighting scheme, `loss_weights` `[batch]`.
         """
         draws = [self._draw(item, batch.update, slot) for item, slot in zip(batch.items, batch.slots, strict=True)]
-        conditions, mask = pad_conditions([draw.pop("encoder_hidden_states") for draw in draws])
+        conditions = [draw.pop("encoder_hidden_states") for draw in draws]
+        conditions, mask = pad_conditions(conditions, self._bucket(max(map(len, conditions))))
         tensors = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
         tensors |= {"encoder_hidden_states": conditions} | ({} if mask is None else {"condition_mask": mask})
         return {name: tensor.pin_memory() for name, tensor in tensors.items()} if self.pin_memory else tensors
+
+    def shape(self, batch: MicroBatch) -> tuple[int, int, int]:
+        """Items, latent frames and condition tokens of what `load` makes of a micro-batch, without reading a file."""
+        wordings = [
+            draw_wording(self.tracks[item.track].windows[item.window], self.settings, batch.update, slot)
+            for item, slot in zip(batch.items, batch.slots, strict=True)
+        ]
+        longest = max(wording.num_condition_tokens for wording in wordings)
+        return len(batch.items), self.tracks[batch.items[0].track].crop_frames, self._bucket(longest) or longest
+
+    def _bucket(self, tokens: int) -> int | None:
+        return None if self.longest_condition is None else condition_bucket(tokens, longest=self.longest_condition)
 
     def _draw(self, item: Item, update: int, slot: int) -> dict[str, torch.Tensor]:
         settings, generator = self.settings, keyed_generator(self.settings.seed, "update", update, slot)

@@ -145,3 +145,8 @@ def check_contradictions(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} does nothing without --{flag} {value}; add it, or leave --{name} out.")
     if args.adapter_type == "lokr" and args.base_quantization != "none":
         raise UsageError("--adapter_type lokr needs the base unquantised; leave --base_quantization out, or use lora.")
+    if args.torch_compile and (args.use_dora or args.adapter_type == "lokr"):
+        raise UsageError(
+            "--torch_compile is for LoRA and rsLoRA (peft's layers of DoRA and LoKr can't be compiled as a whole); "
+            "leave it out."
+        )

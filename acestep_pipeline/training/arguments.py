@@ -102,6 +102,7 @@ def _add_training_arguments(g) -> None:
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this")
     g.add_argument("--on_nan", choices=("stop", "skip"), default="stop", help="an update with a NaN or infinite loss or gradient is left out and named; stop: three in a row end the run, skip: they don't")
     g.add_argument("--ema_decay", type=float, help="average the adapter over the updates with this decay, e.g. 0.999 (less at first), and save the average; unset: don't")
+    g.add_argument("--torch_compile", action=argparse.BooleanOptionalAction, default=False, help="compile the DiT's blocks for the commonest shapes of forward passes, a minute or so for each before the first update; conditions are padded to a few lengths. Their gradients are compared with plain blocks' first")
     g.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="bf16", help="bf16 becomes fp32 where the hardware would be slower with it")
     g.add_argument("--allow_tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on CUDA")
 

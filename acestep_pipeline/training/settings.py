@@ -234,6 +234,8 @@ def resume_settings(args: argparse.Namespace, *, held_out: list[str]) -> dict:
         settings |= {"held_out": held_out, **{name: getattr(args, name) for name in names}}
     if args.lr_scheduler.startswith("constant"):
         settings["num_updates"] = None
+    if args.torch_compile:  # checkpoints from before there was such a flag are of runs without it
+        settings["torch_compile"] = True
     return settings
 
 

@@ -35,6 +35,7 @@ from ..hardware import bf16_is_fast, default_device
 from ..masked_attention import use_masked_attention
 from ..quantization import leave_base_out_of_ddp, quantize_base
 from .base_model import is_turbo, load_base
+from .compilation import CompiledBlocks, check_compile_hardware
 from .launch import uses_deepspeed
 from .memory import check_offload_hardware, check_quantization_hardware, enable_gradient_checkpointing
 from .offload import BlockOffloading
@@ -49,7 +50,8 @@ class TrainingInputs:
     """All that is in memory while the DiT trains.
 
     `condition_mask` is told before each forward pass which condition tokens are padding; `silence_latent` is
-    `[1, frames, channels]` float32, `null_condition_emb` `[1, 1, dim]`, both on the device; `held_out` are the tracks
+    `[1, frames, channels]` float32, `null_condition_emb` `[1, 1, dim]`, both on the device; `compiled` is there with
+    --torch_compile; `held_out` are the tracks
     that are validated on and never trained on; `facts` are hashes and settings that name the run, `dataset` says what
     it is trained on (`summarise_tracks`).
     """
@@ -59,6 +61,7 @@ class TrainingInputs:
     lora_parameters: list[torch.nn.Parameter]
     silence_latent: torch.Tensor
     null_condition_emb: torch.Tensor
+    compiled: CompiledBlocks | None
     tracks: list[CachedTrack]
     held_out: list[CachedTrack]
     frames_per_second: float
@@ -116,6 +119,7 @@ def prepare_inputs(
     base_quantization: str,
     gradient_checkpointing: float,
     offload: bool,
+    torch_compile: bool,
     seed: int,
 ) -> TrainingInputs:
     """Read the tracks, load the DiT, add the adapter, and fill the cache; the frozen encoders are loaded for what it
@@ -128,6 +132,7 @@ def prepare_inputs(
         text: in which words tracks are told.
         gradient_checkpointing: in what share of the blocks.
         offload: keep the frozen weights of the blocks in the host's memory.
+        torch_compile: make the blocks ready to be compiled.
         The others are the script's flags.
 
     Raises:
@@ -139,6 +144,8 @@ def prepare_inputs(
     check_quantization_hardware(base_quantization, device, sharded=sharded)
     if offload:
         check_offload_hardware(device, sharded=sharded)
+    if torch_compile:
+        check_compile_hardware(device, sharded=sharded)
     tracks, held_out, problems = load_train_and_held_out(
         train_data_dir,
         dataset_name=dataset_name,
@@ -176,6 +183,7 @@ def prepare_inputs(
         cache_tracks(accelerator, cache, chosen, max_duration_s=max_duration_s, strict=strict) if chosen else []
         for chosen in (tracks, held_out)
     )
+    compiled = CompiledBlocks(transformer) if torch_compile else None
     if gradient_checkpointing:
         enable_gradient_checkpointing(transformer, gradient_checkpointing)
     if offload:
@@ -188,6 +196,7 @@ def prepare_inputs(
         lora_parameters=lora_parameters,
         silence_latent=encoders.facts.silence_latent.to(device, torch.float32),
         null_condition_emb=encoders.facts.null_condition_emb.to(device, weight_dtype),
+        compiled=compiled,
         tracks=cached,
         held_out=cached_held_out,
         frames_per_second=encoders.facts.latents_per_second,
