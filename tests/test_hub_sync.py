@@ -13,7 +13,7 @@ from acestep_pipeline.storage import hub_sync
 from acestep_pipeline.storage.hub_rate import check_limited_sizes, hub_rate
 from tests.test_hub import hub  # noqa: F401 - a fixture
 from tests.test_hub import storage as command
-from tests.test_publishing import write
+from tests.test_publishing import push, write
 from tests.test_storage import content, noise
 
 ADDRESS = "hf://datasets/tester/music"
@@ -86,6 +86,16 @@ def test_folders_and_branches_of_a_repository(hub, music, tmp_path):  # noqa: F8
     assert published(hub)["some/part/notes.txt"] == b"my notes"
     assert sync(f"{ADDRESS}@trial/some", tmp_path / "copy").num_unchanged == 0
     assert (tmp_path / "copy/part/notes.txt").read_bytes() == b"other notes"
+
+
+def test_a_release_in_a_folder_becomes_plain_files(hub, music, tmp_path):  # noqa: F811
+    (music / "manifest.json").unlink()
+    push(music, tmp_path / "shelf")
+    sync(tmp_path / "shelf", ADDRESS)
+    assert published(hub) == {name: data for name, data in MUSIC.items() if name != "manifest.json"}
+    assert not sync(tmp_path / "shelf", ADDRESS).sent
+    with pytest.raises(UsageError, match="holds releases; sync to another folder"):
+        sync(ADDRESS, tmp_path / "shelf")
 
 
 def test_the_command(hub, music, tmp_path, capfd):  # noqa: F811

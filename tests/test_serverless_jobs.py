@@ -16,9 +16,11 @@ import pytest
 import soundfile
 
 from acestep_pipeline.errors import RunError, UsageError
+from acestep_pipeline.jobs import file_jobs
 from acestep_pipeline.jobs.places import Places
 from acestep_pipeline.jobs.results import without_links
 from acestep_pipeline.jobs.worker import Worker, sentence
+from tests.test_hub import hub  # noqa: F401 - a fixture
 from tests.training_runs import metrics
 
 GENERATE = {
@@ -190,6 +192,16 @@ def test_an_upload_that_can_not_be_is_refused_before_the_work(worker, s3_folder,
     with pytest.raises(UsageError, match="credentials are wrong"):
         worker.run(GENERATE | {"upload": f"{s3_folder.url}/x"})
     assert worker._generator is None
+
+
+def test_a_dataset_on_the_hub_is_examined_if_it_fits(demo_dir, hub, tmp_path, monkeypatch):  # noqa: F811
+    hub.add("datasets/tester/music", {"main": demo_dir})
+    worker = Worker(Places(output=tmp_path), tasks=("validate_dataset",))
+    job = {"task": "validate_dataset", "data": "hf://datasets/tester/music"}
+    assert worker.run(job | {"name": "one"})["tracks"] == 6
+    monkeypatch.setattr(file_jobs, "free_space_bytes", lambda disk: 1000)
+    with pytest.raises(UsageError, match="hf://datasets/tester/music has 0.00 GB, and this worker takes"):
+        worker.run(job | {"name": "two"})
 
 
 def test_a_dataset_is_examined_and_its_card_and_report_are_linked(demo_dir, s3_folder, tmp_path):

@@ -84,7 +84,7 @@ def places(tmp_path) -> Places:
         (GENERATE | {"adaptres": {}}, "did you mean adapters"),
         (GENERATE | {"src_audio": "/etc/passwd"}, "is no field of this job"),
         (GENERATE | {"lyrics": "x" * MAX_JOB_BYTES}, "a job may have 256 KiB"),
-        ({"task": "validate_dataset", "data": "hf://datasets/a/b"}, "can't be read by a job"),
+        ({"task": "validate_dataset", "data": "hf://a/b"}, "write hf://datasets/owner/name"),
         ({"task": "convert_adapter", "adapter": "/etc/passwd", "to": "peft"}, "lies outside"),
         ({"task": "convert_adapter", "adapter": "s3://bucket/lora/x", "to": "gguf"}, "should be 'diffusers'"),
     ],

@@ -136,6 +136,18 @@ def test_the_aws_cli_and_sync_take_each_others_work_as_done(s3_folder, tmp_path)
     assert aws("s3", "sync", f"{s3_folder.url}/theirs", tmp_path / "our copy") == ""
 
 
+def test_a_release_in_a_folder_becomes_plain_files_on_s3(s3_folder, tmp_path):
+    run = write(tmp_path / "run", FILES)
+    push(run, tmp_path / "shelf")
+    assert sorted(sync(tmp_path / "shelf", s3_folder.url).sent) == sorted(FILES)
+    there = {file.key: storage.open(f"{s3_folder.url}/{file.key}").read() for file in storage.list(s3_folder.url)}
+    assert there == FILES
+    assert sync(tmp_path / "shelf", s3_folder.url).sent == ()
+    write(run, {"README.md": b"# cark"})
+    push(run, tmp_path / "shelf", force=True)
+    assert sync(tmp_path / "shelf", s3_folder.url).sent == ("README.md",)
+
+
 def test_a_release_becomes_plain_files_for_whoever_has_the_aws_cli_alone(s3_folder, tmp_path):
     run = write(tmp_path / "run", FILES)
     release = f"{s3_folder.url}/lora/jazz"
@@ -221,7 +233,7 @@ def test_what_sync_refuses_is_one_sentence(s3_folder, tmp_path, capfd, monkeypat
         (tmp_path / "none", s3_folder.url, "none holds no files"),
         (a, a / "b", "lie one within the other"),
         (s3_folder.url, f"{s3_folder.url}/b", "lie one within the other"),
-        (a, "hf://user/repo/x", "push and pull what is on the Hub"),
+        (s3_folder.url, "hf://user/repo/x", "sync to a folder, and from there to the other"),
         (f"{s3_folder.url}/nothing", tmp_path / "b", "holds no files"),
     ):
         status, _, err = command(capfd, "sync", source, target, "--delete")

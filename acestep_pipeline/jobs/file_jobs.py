@@ -6,6 +6,7 @@ from ..errors import UsageError
 from ..files import write_text
 from ..paths import free_space_bytes
 from ..storage.copies import is_remote
+from ..storage.hub_address import parse_hub_address
 from ..storage.s3_listing import list_objects
 from .places import Places
 from .schema import ConversionJob, DescriptionJob, ValidationJob
@@ -19,10 +20,13 @@ def check_size(address: str, disk: Path) -> None:
     """Refuse what is too large for this worker's disk, before it is fetched.
 
     Raises:
-        UsageError: it is.
+        UsageError: it is, or there is no such place.
     """
-    if is_remote(address):
-        size, room = sum(file.size for file in list_objects(address)), free_space_bytes(disk) * INPUT_SHARE
+    from ..storage.hub_pull import list_repository  # with huggingface_hub
+
+    if is_remote(address) or address.startswith("hf://datasets/"):
+        files = list_objects(address) if is_remote(address) else list_repository(parse_hub_address(address)).files
+        size, room = sum(file.size for file in files), free_space_bytes(disk) * INPUT_SHARE
         if size > room:
             raise UsageError(f"{address} has {size / 1e9:.2f} GB, and this worker takes {room / 1e9:.2f} GB.")
 
@@ -36,7 +40,7 @@ def validate_dataset(job: ValidationJob, places: Places, directory: Path) -> dic
     from ..data.building.build_report import CARD_NAME, PAGE_NAME, REPORT_NAME, BuildOptions
     from ..data.building.ingest import build_dataset
 
-    data = places.readable(job.data, "data", root=places.data)
+    data = places.readable(job.data, "data", root=places.data, hub="hf://datasets/")
     check_size(data, directory)
     options = BuildOptions(
         validate_audio=True,

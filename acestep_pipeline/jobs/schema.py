@@ -145,7 +145,7 @@ def _check_places(job: Job, places: Places) -> None:
         training_model(job, places)
         check_flags(training_flags(job.arguments))
     elif isinstance(job, ValidationJob):
-        places.readable(job.data, "data", root=places.data)
+        places.readable(job.data, "data", root=places.data, hub="hf://datasets/")
     elif isinstance(job, ConversionJob | DescriptionJob):
         places.readable(job.adapter, "adapter", root=places.data, hub="hf://")
 

@@ -230,7 +230,7 @@ def _by_content(origin: Side, goal: Side, name: str) -> bool:
         if not origin.is_local and not goal.is_local:
             return here.etag == there.etag
         path, store, stored = (
-            (origin.path(name), goal.store, there) if origin.is_local else (goal.path(name), origin.store, here)
+            (origin.path(here.key), goal.store, there) if origin.is_local else (goal.path(name), origin.store, here)
         )
         with s3_errors(store.url):
             remote = RemoteFile(store.folder + stored.key, stored.size, stored.etag)
@@ -284,10 +284,10 @@ def _move(origin: Side, goal: Side, name: str, *, count: ByteCount, threads: int
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial, path)
     elif origin.is_local:
-        path = origin.path(name)
+        path = origin.path(stored.key)  # of a release, its content
         with file_errors(path, "read"):
             goal.store.put(path, name, size=stored.size, sha256=None, count=count, threads=threads)
-            if Stored.of_file(name, path.stat()) != stored:
+            if Stored.of_file(stored.key, path.stat()) != stored:
                 raise RunError(f"{one_line(str(path))} changed while it was sent; run it again.")
     else:
         with tempfile.TemporaryDirectory(prefix="ace-step-") as folder, file_errors(Path(folder)):

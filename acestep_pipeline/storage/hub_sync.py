@@ -173,7 +173,7 @@ def _send_to_hub(
             repository = replace(repository, revision=find_head(api, names, branch))
     listing = _listing_or_none(repository)
     there = _files_below(address, listing) if listing else {}
-    paths = {name: origin.store.root / stored.key for name, stored in here.items()}
+    paths = {name: origin.path(stored.key) for name, stored in here.items()}  # of a release, its content
     differs = _compare(here, there, lambda name: _matches(paths[name], there[name]), delete)
     if not dry_run and (differs.todo or differs.surplus):
         below = f"{address.folder}/" if address.folder else ""
