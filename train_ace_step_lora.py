@@ -100,6 +100,7 @@ def train(args: argparse.Namespace) -> None:
     from accelerate.utils.memory import clear_device_cache
 
     from acestep_pipeline.adapters.trainable import save_lora
+    from acestep_pipeline.checkpoint_source import open_checkpoint
     from acestep_pipeline.data import batching
     from acestep_pipeline.hardware import describe_device
     from acestep_pipeline.progress import progress_bar
@@ -107,6 +108,7 @@ def train(args: argparse.Namespace) -> None:
     from acestep_pipeline.training.batch_size import BatchSize
     from acestep_pipeline.training.comparison import measure_effect
     from acestep_pipeline.training.ema import AdapterAverage
+    from acestep_pipeline.training.fetching import fetch_meanwhile
     from acestep_pipeline.training.final_report import write_final_report
     from acestep_pipeline.training.health import NanGuard
     from acestep_pipeline.training.interruption import Interruption, interrupted
@@ -172,6 +174,10 @@ def train(args: argparse.Namespace) -> None:
     )
     transformer, tracks, facts, dataset = inputs.transformer, inputs.tracks, inputs.facts, inputs.dataset
     settings.fill_model_defaults(args, transformer.config, is_turbo=inputs.is_turbo)
+    listens = bool(args.num_validation_samples or args.style_distance) or args.preview_steps is not None
+    if main and listens and not inputs.encoders_used and open_checkpoint(**checkpoint_source).is_remote:
+        say("The rest of the checkpoint, which samples need, is fetched while the DiT trains.")
+        fetch_meanwhile(checkpoint_source)
 
     # -------------------------------------------------------------------------------------- optimizer and schedule
     parallel = choose_parallelism(accelerator, max_grad_norm=args.max_grad_norm)

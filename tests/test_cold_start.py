@@ -18,8 +18,12 @@ from acestep_pipeline.data.encoders import Encoders, fingerprint
 from acestep_pipeline.data.latent_cache import LatentCache
 from acestep_pipeline.data.tracks import load_tracks
 from acestep_pipeline.errors import RunError, UsageError
+from acestep_pipeline.jobs.places import Places
+from acestep_pipeline.jobs.worker import Worker
 from acestep_pipeline.storage.publishing import publish
 from acestep_pipeline.training.base_model import load_base
+from acestep_pipeline.training.fetching import fetch_meanwhile
+from benchmarks import cold_start
 from tests.hub_server import Hub, serve_hub
 from tests.original_layout import write_original_checkpoint
 from tests.s3_server import corrupting_proxy
@@ -219,6 +223,45 @@ def test_content_that_is_not_what_the_manifest_says_is_refused(remote, tiny_dir)
     assert remote.load("first")
 
 
+@pytest.mark.slow
+def test_what_samples_need_comes_while_the_dit_trains(remote, tiny_dir, demo_dir, warm, tmp_path, capsys):
+    remote.put(files_of(tiny_dir))
+    remote.latents = warm / "latents"
+    remote.load("first")
+    remote.on("second")
+    process = fetch_meanwhile({"pretrained_model_name_or_path": remote.address})
+    assert process.wait(timeout=120) == 0
+    assert remote.fetched("second") == remote.fetched("first")
+    # It ends with the process that started it.
+    remote.on("third")
+    process = fetch_meanwhile({"pretrained_model_name_or_path": remote.address})
+    process.stdin.close()
+    assert process.wait(timeout=120) == 1
+    # In a run, which listens in the end.
+    remote.on("fourth")
+    settings = {"pretrained_model_name_or_path": remote.address, "latent_cache_dir": remote.latents, **RUN}
+    listening = {"num_validation_samples": 1, "validation_duration_s": 1, "validation_inference_steps": 1}
+    train_here(demo_dir, tmp_path / "run", **settings | listening)
+    assert "is fetched while the DiT trains" in capsys.readouterr().out
+    assert list((tmp_path / "run" / "samples").glob("*.wav"))
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (warm / "run" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_worker_whose_latents_are_cached_fetches_the_dit_alone(remote, tiny_dir, demo_dir, tmp_path):
+    remote.put(files_of(tiny_dir))
+    arguments = {"preset": "smoke", "mixed_precision": "no", "min_duration_s": 1, "num_validation_samples": 0} | RUN
+    job = {"task": "train", "data": str(demo_dir), "model": remote.address, "arguments": arguments}
+    for machine in ("first", "second"):
+        remote.on(machine)
+        Worker(Places(data=demo_dir, output=tmp_path / "output" / machine)).run(job, job_id="1")
+        if machine == "first":
+            assert VAE in remote.fetched("first")
+            shutil.copytree(tmp_path / "first" / "latents", tmp_path / "second" / "latents")
+    assert remote.fetched("second") == {DIT}
+    assert_same_run(*(tmp_path / "output" / machine / "1" for machine in ("first", "second")))
+
+
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
@@ -294,3 +337,18 @@ def test_a_damaged_file_of_the_hub_is_fetched_again(hub, tiny_dir, tmp_path, mon
                 with pytest.raises(RunError, match="diffusion_pytorch_model.safetensors arrived damaged 3 times"):
                     load("someone/diffusers", tmp_path / "latents")
                 assert not file.exists()
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_was_measured():
+    cold_start.main(["--check"])
+    way = {"stage": "first update", "hardware": "CPU", "seconds": {"median": 9.0, "min": 8.0, "max": 9.5}}
+    rows = [
+        way | {"way": name, "fetched_bytes": size} for name, size in zip(cold_start.WAYS, (2e9, 2e9, 1e9), strict=True)
+    ]
+    start = {"stage": "start", "way": "acestep-lora --help", "seconds": {"median": 0.4}, "hardware": "CPU"}
+    lines = cold_start.table([start, *rows]).splitlines()
+    assert lines[4] == "| latents cached: the DiT alone is fetched and loaded | 9.0 s (8.0–9.5) | 1,000 MB |"
+    assert lines[-1] == "Started as processes: `acestep-lora --help` 0.40 s (CPU, S3 on the same machine)."

@@ -76,7 +76,9 @@ class Encoders:
     @classmethod
     def of(cls, pipeline) -> "Encoders":
         """Those of a pipeline that is there."""
-        return cls(EncoderFacts.of(pipeline), lambda: pipeline)
+        encoders = cls(EncoderFacts.of(pipeline), lambda: pipeline)
+        encoders.pipeline = pipeline
+        return encoders
 
     @classmethod
     def of_checkpoint(
@@ -104,6 +106,11 @@ class Encoders:
         encoders = cls.of(load())
         encoders.facts.write(path)
         return encoders
+
+    @property
+    def are_loaded(self) -> bool:
+        """Whether something has asked for the pipeline."""
+        return "pipeline" in vars(self)
 
     @functools.cached_property
     def pipeline(self):

@@ -57,7 +57,7 @@ def load_transformer(files: Path | OriginalCheckpoint, dtype: torch.dtype) -> Ac
         if isinstance(files, OriginalCheckpoint):
             return load_dit_components(files.dit, dtype, wanted=("transformer",))["transformer"]
         try:
-            return AceStepTransformer1DModel.from_pretrained(files / "transformer", torch_dtype=dtype)
+            return AceStepTransformer1DModel.from_pretrained(files / "transformer", dtype=dtype)
         except (OSError, ValueError, SafetensorError) as error:
             what = " ".join(str(error).split())[:300]
             raise UsageError(f"the checkpoint in {files} can't be loaded: {what}") from error

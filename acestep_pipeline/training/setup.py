@@ -51,9 +51,9 @@ class TrainingInputs:
 
     `condition_mask` is told before each forward pass which condition tokens are padding; `silence_latent` is
     `[1, frames, channels]` float32, `null_condition_emb` `[1, 1, dim]`, both on the device; `compiled` is there with
-    --torch_compile; `held_out` are the tracks
-    that are validated on and never trained on; `facts` are hashes and settings that name the run, `dataset` says what
-    it is trained on (`summarise_tracks`).
+    --torch_compile; `held_out` are the tracks that are validated on and never trained on; `encoders_used` says whether
+    more than the DiT was fetched and loaded; `facts` are hashes and settings that name the run, `dataset` says what it
+    is trained on (`summarise_tracks`).
     """
 
     transformer: torch.nn.Module
@@ -66,6 +66,7 @@ class TrainingInputs:
     held_out: list[CachedTrack]
     frames_per_second: float
     is_turbo: bool
+    encoders_used: bool
     facts: dict
     dataset: dict
 
@@ -201,6 +202,7 @@ def prepare_inputs(
         held_out=cached_held_out,
         frames_per_second=encoders.facts.latents_per_second,
         is_turbo=is_turbo(transformer),
+        encoders_used=encoders.are_loaded,
         facts=facts,
         dataset=summarise_tracks([track for track in tracks if track.id in {entry.id for entry in cached}]),
     )
