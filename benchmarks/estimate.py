@@ -15,7 +15,6 @@ on a GPU of the table, also from what its maker publishes; measured is the media
 import argparse
 import contextlib
 import json
-import platform
 import statistics
 import sys
 import time
@@ -35,13 +34,13 @@ from acestep_pipeline.estimation.compute_time import move_seconds, pass_seconds,
 from acestep_pipeline.estimation.gpus import Gpu, find_gpu
 from acestep_pipeline.estimation.memory_use import Batch, Precision, inspect_adapter, predict_update
 from acestep_pipeline.estimation.this_machine import measure
-from acestep_pipeline.hardware import describe_device
 from acestep_pipeline.masked_attention import use_masked_attention
 from acestep_pipeline.quantization import quantize_base
 from acestep_pipeline.training.memory import enable_gradient_checkpointing
 from acestep_pipeline.training.optimization import build_optimizer
 from acestep_pipeline.training.optimizers import OPTIMIZERS
 from benchmarks.random_models import condition_width, random_transformer, transformer_shape
+from benchmarks.results_file import origin
 from train_ace_step_lora import squared_error
 
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
@@ -96,9 +95,7 @@ def main() -> None:
         rows.append(case | run_case(case, device, rates["bf16" if case["bf16"] else "no"], args.updates))
         print(describe(rows[-1]), flush=True)
     as_json = {key: {name: vars(gpu) for name, gpu in named.items()} for key, named in rates.items()}
-    result = {"device": describe_device(device), "rates": as_json,
-              "updates_timed": args.updates, "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "python": platform.python_version(), "cases": rows}  # fmt: skip
+    result = origin() | {"rates": as_json, "updates_timed": args.updates, "cases": rows}
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"Wrote {args.output}")
 

@@ -2,7 +2,8 @@
 
 On a GPU the process may have no more than the limit that its flags are for, so that it trains as it would on a GPU of
 that size: the limit less what CUDA itself takes goes to PyTorch's allocator, whose peak is reported. On a CPU it is
-the process' resident memory.
+the process' resident memory, with glibc told to give back every buffer of a MiB at once: otherwise what it keeps for
+later, up to a GB, says more about its heap than about the training.
 """
 
 import json
@@ -46,12 +47,15 @@ class Training:
 
 
 def write_checkpoint(shape: ModelShape, folder: Path) -> Path:
-    """A checkpoint in diffusers' layout with random weights, in bfloat16, with the embedded checkpoint's tokenizer."""
+    """A checkpoint in diffusers' layout with random weights, in bfloat16, with the embedded checkpoint's tokenizer.
+
+    It is made in main memory, so that this process takes nothing of the GPU that another is measured on.
+    """
     torch.manual_seed(0)
     with quiet_loading():
         components = ACEStepPipeline.from_pretrained(tiny_checkpoint_path()).components
         for name in COMPONENTS:
-            components[name] = random_module(shape.build(name), device=default_device(), dtype=torch.bfloat16)
+            components[name] = random_module(shape.build(name), device=torch.device("cpu"), dtype=torch.bfloat16)
         # Codes of audio are for covers alone.
         components |= {"audio_tokenizer": None, "audio_token_detokenizer": None}
         ACEStepPipeline(**components).save_pretrained(folder)
@@ -83,7 +87,7 @@ def measure_training(training: Training, checkpoint: str) -> dict:
                  str(folder / "music"), "--output_dir", str(folder / "output"), "--latent_cache_dir",
                  str(folder / "cache"), "--max_train_steps", "4"]  # fmt: skip
         command = [sys.executable, __file__, str(training.limit_gb or 0), *flags]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode and "out of memory" in done.stderr.lower():
         return {"out_of_memory": True}
