@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,21 @@ from safetensors.torch import load_file
 from acestep_pipeline.adapters.settings import LoraSettings
 from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.condition_mask import ConditionMask
-from acestep_pipeline.data.batching import condition_bucket
+from acestep_pipeline.data.batching import BatchLoader, EpochPlanner, condition_bucket
+from acestep_pipeline.data.draws import DrawSettings
+from acestep_pipeline.data.latent_cache import CachedTrack, Window
 from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.masked_attention import use_masked_attention
+from acestep_pipeline.prompt_fields import PromptFields
 from acestep_pipeline.quantization import quantize_base
 from acestep_pipeline.training import arguments, compilation, setup
 from acestep_pipeline.training.argument_checks import check_args
-from acestep_pipeline.training.compilation import CompiledBlocks, check_compile_hardware, compiled_graphs
+from acestep_pipeline.training.compilation import (
+    CompiledBlocks,
+    check_compile_hardware,
+    common_passes,
+    compiled_graphs,
+)
 from acestep_pipeline.training.memory import enable_gradient_checkpointing
 from acestep_pipeline.training.offload import BlockOffloading
 from tests.training_runs import metrics, train_here
@@ -189,6 +198,34 @@ def test_conditions_are_padded_to_few_lengths():
     assert [condition_bucket(tokens, longest=397) for tokens in (1, 64, 65, 200, 257, 397)] == [
         64, 64, 128, 256, 400, 400,
     ]  # fmt: skip
+
+
+def entry(name: str, frames: int, tokens: int) -> CachedTrack:
+    window = Window(0, PromptFields(prompt=name, audio_duration=frames / 25), Path(name), tokens)
+    return CachedTrack(name, Path(name), frames, frames, (window,))
+
+
+def test_the_commonest_shapes_are_compiled_wherever_a_run_begins():
+    """Forty tracks of a minute and a hundred of lengths of their own: none of these is common."""
+    tracks = [entry(f"minute-{number}", 1500, 60 + number) for number in range(40)]
+    tracks += [entry(f"other-{number}", 2000 + 25 * number, 90) for number in range(100)]
+    draws = {"seed": 0, "cfg_dropout": 0.0, "items_per_update": 4}
+    loader = BatchLoader(tracks, DrawSettings(**draws), bucket_conditions=True)
+
+    def planner() -> EpochPlanner:
+        return EpochPlanner(tracks, seed=0, effective_batch_size=4, micro_batch_size=4)
+
+    common = common_passes(planner(), loader)
+    shapes = [loader.shape(micro) for micro, _ in common]
+    assert shapes[0] == (4, 1500, 104) and all(frames == 1500 for _, frames, _ in shapes)
+    shares = [share for _, share in common]
+    assert shares == sorted(shares, reverse=True) and all(share >= compilation.LEAST_SHARE for share in shares)
+    later = planner()
+    later.plan(7)
+    assert common_passes(later, loader) == common
+    halved = planner()
+    halved.frames_in_pass = 3000  # two windows of a minute
+    assert loader.shape(common_passes(halved, loader)[0][0])[:2] == (2, 1500)
 
 
 def test_where_it_can_not_work_is_said_first(monkeypatch):
