@@ -8,6 +8,8 @@ import os
 import shutil
 import tempfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,29 @@ def test_a_file_that_has_gone_or_changed_is_named(demo_dir, s3_folder, tmp_path,
         with pytest.raises(RunError, match=f"{s3_folder.name}/{name} changed while it was read"):
             cache = LatentCache(tmp_path / "latents", Encoders.of(tiny_pipeline))
             prepare_tracks(cache, tracks, max_duration_s=4.0, show_progress=False)
+
+
+def test_a_file_of_the_hub_that_cannot_be_had_is_named(music, hub, monkeypatch):  # noqa: F811
+    (music / "damaged.wav").unlink()
+    repository = hub.add("datasets/tester/music", {"main": music})
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's own retries
+    hub.faults += [(r"/four.wav", 503)] * 20
+    with pytest.raises(RunError, match=r"hf://datasets/tester/music/four.wav: .* is busy or broken \(503\)"):
+        read("hf://datasets/tester/music", streaming=True)
+    hub.faults.clear()
+    tracks, _ = read("hf://datasets/tester/music", streaming=True)
+    del repository.commits[repository.find("main")]["four.wav"]
+    with pytest.raises(UsageError, match="hf://datasets/tester/music/four.wav: .*404"):
+        [track.source for track in tracks]
+
+
+def test_processes_that_read_the_same_files_fetch_each_once(music, s3_folder, fetched):
+    (music / "damaged.wav").unlink()
+    url = put(music, s3_folder)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: without_audio(read(url, streaming=True)[0]), range(4)))
+    assert all(tracks == results[0] for tracks in results) and len(results[0]) == 4
+    assert len(fetched) == 4
 
 
 def test_what_arrives_damaged_is_fetched_again(tmp_path, s3_folder, monkeypatch):

@@ -179,8 +179,8 @@ def _pulling(root: Path) -> Iterator[None]:
 
     own = root / PULL_FOLDER
     with file_errors(root):
+        own.mkdir(parents=True, exist_ok=True)  # first: the probe removes what it makes, under other processes' hands
         probe_writable(own)
-        own.mkdir(parents=True, exist_ok=True)
         with FileLock(own / "lock"):
             for leftover in own.glob(".partial-*"):  # a killed write_text's
                 shutil.rmtree(leftover, ignore_errors=True)

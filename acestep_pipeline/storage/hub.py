@@ -224,8 +224,12 @@ def hub_errors(address: HubAddress | str, *, writing: bool = False) -> Iterator[
     except OfflineModeIsEnabled:
         raise UsageError(f"{address} can't be reached while HF_HUB_OFFLINE is set; unset it.") from None
     except (httpx2.TransportError, httpx2.InvalidURL, LocalEntryNotFoundError) as error:
+        # Why the Hub gave no file, where the library only says that it isn't cached either.
+        reason = (isinstance(error, LocalEntryNotFoundError) and error.__cause__) or error
+        if isinstance(reason, HfHubHTTPError):
+            raise _refused(address, reason, writing=writing) from None
         raise UsageError(
-            f"{address}: {endpoint()} can't be reached ({type(error).__name__}); check the network, or HF_ENDPOINT."
+            f"{address}: {endpoint()} can't be reached ({type(reason).__name__}); check the network, or HF_ENDPOINT."
         ) from None
 
 
