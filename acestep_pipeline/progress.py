@@ -5,9 +5,10 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class _Lines:
@@ -24,8 +25,10 @@ class _Lines:
         return getattr(self._stream, name)
 
 
-def progress_bar(**arguments) -> tqdm:
+def progress_bar(**arguments) -> "tqdm":
     """A tqdm bar; into a log file it prints a line every ten seconds rather than redrawing ten times a second."""
+    from tqdm import tqdm
+
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, **arguments)
     return tqdm(mininterval=10.0, ncols=120, file=_Lines(sys.stderr), **arguments)
