@@ -20,7 +20,7 @@ from acestep_pipeline.storage.s3 import RemoteFile, open_client, s3_errors
 from acestep_pipeline.storage.s3_checksums import is_intact
 from acestep_pipeline.storage.s3_downloads import fetch
 from acestep_pipeline.storage.s3_listing import PULL_FOLDER, file_names, list_objects
-from acestep_pipeline.storage.transfer_progress import UNCOUNTED
+from acestep_pipeline.storage.transfer_progress import UNCOUNTED, Workers
 from tests.s3_server import corrupting_proxy
 
 
@@ -187,7 +187,7 @@ def test_an_object_that_changes_after_it_was_listed_is_not_taken(s3_folder, tmp_
     s3_folder.delete("y")
     for file, message in ((x, "changed meanwhile|changed while it was read"), (y, "changed while it was read")):
         with pytest.raises(RunError, match=message), s3_errors(s3_folder.url):
-            fetch(open_client(1), s3_folder.server.bucket, file, tmp_path / "x", threads=1, count=UNCOUNTED)
+            fetch(open_client(1), s3_folder.server.bucket, file, tmp_path / "x", workers=Workers(1), count=UNCOUNTED)
 
 
 def test_a_full_disk_is_known_before_the_first_byte(s3_folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from acestep_pipeline.errors import RunError
 from acestep_pipeline.paths import cache_dir
 from acestep_pipeline.storage.folder_sync import SYNC_FOLDER
 from acestep_pipeline.storage.stores import open_store
-from acestep_pipeline.storage.transfer_progress import ByteCount, counting
+from acestep_pipeline.storage.transfer_progress import ByteCount, Workers, counting, small_and_large
 from tests.s3_server import deaf_proxy, noting_proxy
 from tests.test_publishing import push, write
 from tests.test_storage import content, noise
@@ -236,3 +237,52 @@ def test_a_client_without_names_of_files_still_reads_what_large_files_are(s3_fol
     assert answer["Body"].read() == whole
     (stored,) = open_store(s3_folder.url).list_keys()
     assert stored.etag.strip('"').endswith("-2") and stored.size == os.path.getsize(tmp_path / "a" / "large")
+
+
+def test_small_files_travel_beside_large_ones_and_all_keep_to_the_number_of_requests(monkeypatch):
+    monkeypatch.setattr("acestep_pipeline.storage.transfer_progress.LARGE_BYTES", 100)
+    lock, under_way, most, small_began = threading.Lock(), [], [], threading.Event()
+
+    def request(name) -> str:
+        with lock:
+            under_way.append(name)
+            most.append(len(under_way))
+        if name == "small":
+            small_began.set()
+        time.sleep(0.002)
+        with lock:
+            under_way.remove(name)
+        return name
+
+    def work(size: int, workers: Workers) -> int:
+        if size < 100:
+            request("small")
+            return size
+        first, *rest = range(8)
+        list(workers.map(request, [first]))
+        assert small_began.wait(5), "small ones wait for the large one"
+        list(workers.map(request, rest))
+        return size
+
+    sizes = [1, 200, 2, 3, 300, *range(4, 60)]
+    assert sorted(small_and_large(work, sizes, lambda size: size, num_workers=3)) == sorted(sizes)
+    assert max(most) == 3
+
+
+@pytest.mark.parametrize("bad", [7, 200])
+def test_a_file_that_fails_ends_the_others(bad, monkeypatch):
+    monkeypatch.setattr("acestep_pipeline.storage.transfer_progress.LARGE_BYTES", 100)
+    made = []
+
+    def request(number: int) -> None:
+        made.append(number)
+        time.sleep(0.002)
+        if number == bad:
+            raise RunError("this one")
+
+    def work(size: int, workers: Workers) -> None:
+        list(workers.map(request, range(200, 1200))) if size >= 100 else request(size)
+
+    with pytest.raises(RunError, match="this one"):
+        list(small_and_large(work, [*range(50), 500], lambda size: size, num_workers=2))
+    assert len(made) < 300, "parts of the large file were still sent"

@@ -25,7 +25,7 @@ from .release_manifest import MANIFEST_NAME
 from .s3 import RemoteFile, open_client, parse_address, s3_errors, shown
 from .s3_downloads import fetch, keep_unfinished
 from .s3_listing import PULL_FOLDER, list_files
-from .transfer_progress import counting, small_and_large
+from .transfer_progress import Workers, counting, small_and_large
 
 # Requests in flight: at ~10 ms for each, enough that small files don't wait for one another.
 NUM_WORKERS = 8
@@ -283,10 +283,10 @@ def _fetch_all(
     total = sum(file.size for file in todo.values())
     with counting(total, "Downloading", show_progress=show_progress) as count:
 
-        def place(name: str, threads: int) -> str:
+        def place(name: str, workers: Workers) -> str:
             partial = index.root / PULL_FOLDER / "partial" / hashlib.sha256(name.encode()).hexdigest()
             file = todo[name]
-            arrived = fetch(client, bucket, file, partial, threads=threads, count=count)
+            arrived = fetch(client, bucket, file, partial, workers=workers, count=count)
             if file.sha256 not in (None, arrived) and sha256(partial) != file.sha256:
                 partial.unlink()
                 raise RunError(

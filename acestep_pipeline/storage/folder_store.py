@@ -14,6 +14,7 @@ from ..errors import RunError, UsageError
 from ..files import flush_to_disk
 from .copies import file_errors
 from .release_manifest import MAX_MANIFEST_BYTES
+from .transfer_progress import Workers
 
 BLOCK_BYTES = 1 << 20
 _LOCK_NAME = ".lock"
@@ -94,7 +95,9 @@ class FolderStore:
     def check_conditional_writes(self) -> None:
         """They hold wherever file locks do."""
 
-    def put(self, path: Path, key: str, *, size: int, sha256: str, count: Callable[[int], None], threads: int) -> None:
+    def put(
+        self, path: Path, key: str, *, size: int, sha256: str, count: Callable[[int], None], workers: Workers
+    ) -> None:
         target = self.root / key
         temporary = target.with_name(f"{_PARTIAL_PREFIX}{uuid.uuid4().hex}")
         with self._errors():
@@ -109,7 +112,7 @@ class FolderStore:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def fetch(self, stored: Stored, path: Path, *, count: Callable[[int], None], threads: int) -> str | None:
+    def fetch(self, stored: Stored, path: Path, *, count: Callable[[int], None], workers: Workers) -> str | None:
         with self._errors(), (self.root / stored.key).open("rb") as source, path.open("wb") as sink:
             return digest(_blocks(source, stored.size), count, sink)
 

@@ -29,7 +29,7 @@ from .s3_checksums import has_etag
 from .s3_downloads import keep_unfinished
 from .s3_listing import PULL_FOLDER
 from .stores import Store, open_store
-from .transfer_progress import UNCOUNTED, ByteCount, counting, small_and_large
+from .transfer_progress import UNCOUNTED, ByteCount, Workers, counting, small_and_large
 
 # Holds, in a folder that is being written, what is on its way; gone when all has arrived.
 SYNC_FOLDER, ARRIVING = ".ace-step-sync", "arriving"
@@ -120,8 +120,8 @@ def sync_folder(
             counting(size, "Syncing", show_progress=show_progress, max_bytes_per_s=max_bytes_per_s) as count,
         ):
 
-            def move(name: str, threads: int) -> None:
-                _move(origin, goal, name, count=count, threads=threads)
+            def move(name: str, workers: Workers) -> None:
+                _move(origin, goal, name, count=count, workers=workers)
 
             for part in (todo[:-1], todo[-1:]) if todo[-1] == MANIFEST_NAME else (todo,):
                 for _ in small_and_large(move, part, lambda name: origin.files[name].size, num_workers=num_workers):
@@ -271,11 +271,11 @@ def receiving(goal: Side, size: int) -> Iterator[None]:
         shutil.rmtree(own, ignore_errors=True)
 
 
-def _move(origin: Side, goal: Side, name: str, *, count: ByteCount, threads: int) -> None:
+def _move(origin: Side, goal: Side, name: str, *, count: ByteCount, workers: Workers) -> None:
     stored = origin.files[name]
     if goal.is_local:
         partial = goal.store.root / SYNC_FOLDER / ARRIVING / hashlib.sha256(name.encode()).hexdigest()
-        _fetch(origin, name, partial, count=count, threads=threads)
+        _fetch(origin, name, partial, count=count, workers=workers)
         modified = stored.modified
         if not origin.is_local and modified > origin.store.listed_at - _DATE_S:
             modified -= 1  # it may change again within its second: by this time, the next sync compares checksums
@@ -286,22 +286,22 @@ def _move(origin: Side, goal: Side, name: str, *, count: ByteCount, threads: int
     elif origin.is_local:
         path = origin.path(stored.key)  # of a release, its content
         with file_errors(path, "read"):
-            goal.store.put(path, name, size=stored.size, sha256=None, count=count, threads=threads)
+            goal.store.put(path, name, size=stored.size, sha256=None, count=count, workers=workers)
             if Stored.of_file(stored.key, path.stat()) != stored:
                 raise RunError(f"{one_line(str(path))} changed while it was sent; run it again.")
     else:
         with tempfile.TemporaryDirectory(prefix="ace-step-") as folder, file_errors(Path(folder)):
             partial = Path(folder, "file")
-            _fetch(origin, name, partial, count=UNCOUNTED, threads=threads)
-            goal.store.put(partial, name, size=stored.size, sha256=None, count=count, threads=threads)
+            _fetch(origin, name, partial, count=UNCOUNTED, workers=workers)
+            goal.store.put(partial, name, size=stored.size, sha256=None, count=count, workers=workers)
 
 
-def _fetch(origin: Side, name: str, path: Path, *, count: ByteCount, threads: int) -> None:
+def _fetch(origin: Side, name: str, path: Path, *, count: ByteCount, workers: Workers) -> None:
     stored = origin.files[name]
     if name in origin.hashes:
-        fetch_checked(origin.store, stored, origin.hashes[name], path, count=count, threads=threads)
+        fetch_checked(origin.store, stored, origin.hashes[name], path, count=count, workers=workers)
     else:
-        origin.store.fetch(stored, path, count=count, threads=threads)
+        origin.store.fetch(stored, path, count=count, workers=workers)
 
 
 def remove_files(goal: Side, names: list[str], num_workers: int) -> None:

@@ -16,7 +16,7 @@ from .release_manifest import ManifestFile
 from .release_pull import fetch_checked, pull_release
 from .s3 import shown
 from .stores import Store, open_store
-from .transfer_progress import UNCOUNTED
+from .transfer_progress import UNCOUNTED, Workers
 
 sync = sync_folder
 # How many folders above a file a release is looked for.
@@ -57,9 +57,9 @@ def open_file(location: str) -> BinaryIO:
             raise UsageError(f"{folder} has no room for {shown(location)} ({stored.size / 1e9:.1f} GB); make room.")
         path = Path(folder, "file")
         if entry is None:
-            store.fetch(stored, path, count=UNCOUNTED, threads=NUM_WORKERS)
+            store.fetch(stored, path, count=UNCOUNTED, workers=Workers(NUM_WORKERS))
         else:
-            fetch_checked(store, stored, entry, path, count=UNCOUNTED, threads=NUM_WORKERS)
+            fetch_checked(store, stored, entry, path, count=UNCOUNTED, workers=Workers(NUM_WORKERS))
         return path.open("rb")  # it stays readable once its name is gone
 
 

@@ -39,7 +39,7 @@ from .release_manifest import (
 )
 from .s3 import shown
 from .stores import Store, open_store
-from .transfer_progress import counting, small_and_large
+from .transfer_progress import Workers, counting, small_and_large
 
 # Content that no manifest names is used again if it is younger than this, and `gc` leaves alone what is younger than
 # a day: a publisher has the rest of the day to finish.
@@ -198,9 +198,9 @@ def _send(
     total = sum(file.size for file in todo)
     with counting(total, "Uploading", show_progress=show_progress, max_bytes_per_s=max_bytes_per_s) as count:
 
-        def send(file: ManifestFile, threads: int) -> None:
+        def send(file: ManifestFile, workers: Workers) -> None:
             key = f"{CONTENT_FOLDER}/{file.sha256}"
-            store.put(directory / file.file, key, size=file.size, sha256=file.sha256, count=count, threads=threads)
+            store.put(directory / file.file, key, size=file.size, sha256=file.sha256, count=count, workers=workers)
 
         for _ in small_and_large(send, todo, lambda file: file.size, num_workers=num_workers):
             pass

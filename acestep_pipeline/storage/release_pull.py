@@ -18,7 +18,7 @@ from .release_manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, Manif
 from .s3 import shown
 from .s3_downloads import keep_unfinished
 from .stores import Store, open_store
-from .transfer_progress import ByteCount, counting, small_and_large
+from .transfer_progress import ByteCount, Workers, counting, small_and_large
 
 # Below the temporary folder: what is complete and checked, under its final name; what is on its way; what was there.
 _DONE, _ARRIVING, _OLD = "new", "arriving", "old"
@@ -209,9 +209,9 @@ def _fetch(
     check_room(partial.parent, sum(file.size for file in todo))
     with counting(total, "Downloading", show_progress=show_progress, max_bytes_per_s=max_bytes_per_s) as count:
 
-        def place(files: list[ManifestFile], threads: int) -> None:
+        def place(files: list[ManifestFile], workers: Workers) -> None:
             arriving = partial / _ARRIVING / files[0].sha256
-            fetch_checked(store, stored[manifest.key(files[0])], files[0], arriving, count=count, threads=threads)
+            fetch_checked(store, stored[manifest.key(files[0])], files[0], arriving, count=count, workers=workers)
             _place(files, arriving, partial / _DONE)
 
         for _ in small_and_large(place, same.values(), lambda files: files[0].size, num_workers=num_workers):
@@ -249,11 +249,11 @@ def _check_stored(store: Store, manifest: Manifest, file: ManifestFile, stored: 
 
 
 def fetch_checked(
-    store: Store, stored: Stored, file: ManifestFile, path: Path, *, count: ByteCount, threads: int
+    store: Store, stored: Stored, file: ManifestFile, path: Path, *, count: ByteCount, workers: Workers
 ) -> None:
     """Fetch a file of a release, again if it is not what its manifest says; `RunError` where it stays so."""
     for _ in range(_ATTEMPTS):
-        arrived = store.fetch(stored, path, count=count, threads=threads) or sha256(path)
+        arrived = store.fetch(stored, path, count=count, workers=workers) or sha256(path)
         if path.stat().st_size == file.size and arrived == file.sha256:
             return
         count(-path.stat().st_size)

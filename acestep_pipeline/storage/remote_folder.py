@@ -16,7 +16,7 @@ from .hub_address import is_on_hub, parse_hub_address
 from .s3 import open_client, parse_address, s3_errors, shown
 from .s3_downloads import fetch
 from .s3_listing import list_files
-from .transfer_progress import UNCOUNTED, ByteCount
+from .transfer_progress import UNCOUNTED, ByteCount, Workers
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _on_s3(address: str, num_workers: int) -> RemoteFolder:
 
     def bring(name: str, path: Path, count: ByteCount) -> None:
         with s3_errors(f"s3://{bucket}/{folder}{name}"):
-            fetch(client, bucket, files[name], path, threads=1, count=count)
+            fetch(client, bucket, files[name], path, workers=Workers(1), count=count)
 
     return RemoteFolder(
         address,

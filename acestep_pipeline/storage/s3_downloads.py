@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data.text.text_files import one_line
-from ..engines import map_in_order
 from ..errors import RunError
 from .s3 import RemoteFile
 from .s3_checksums import checksum_of_parts, is_intact, is_md5, to_base64
 from .s3_direct import Answer, direct_requests
-from .transfer_progress import ByteCount, is_large, part_spans
+from .transfer_progress import ByteCount, Workers, is_large, part_spans
 
 # An object whose own parts are larger is fetched in ours, and hashed when all is there.
 _MAX_PART_BYTES = 64 * 1024**2
@@ -31,7 +30,7 @@ _ATTEMPTS, _REQUESTS = 3, 5
 _BLOCK_BYTES, _LIMITED_BLOCK_BYTES = 1 << 20, 1 << 16
 
 
-def fetch(client: Any, bucket: str, file: RemoteFile, path: Path, *, threads: int, count: ByteCount) -> str | None:
+def fetch(client: Any, bucket: str, file: RemoteFile, path: Path, *, workers: Workers, count: ByteCount) -> str | None:
     """Download one object to `path`, again if it arrives damaged.
 
     A large one that breaks off leaves its parts and a list of them (`<name>.parts`), and the next call for the same
@@ -46,7 +45,7 @@ def fetch(client: Any, bucket: str, file: RemoteFile, path: Path, *, threads: in
     for attempt in range(_ATTEMPTS):
         try:
             if is_large(file.size):
-                sha256, intact = None, _fetch_parts(client, bucket, file, path, threads, count, direct=not attempt)
+                sha256, intact = None, _fetch_parts(client, bucket, file, path, workers, count, direct=not attempt)
             else:
                 sha256, intact = _fetch_whole(client, bucket, file, path, count, direct=not attempt)
             if intact or (intact is None and is_intact(client, bucket, file, path)):
@@ -89,7 +88,7 @@ def _fetch_whole(
 
 
 def _fetch_parts(
-    client: Any, bucket: str, file: RemoteFile, path: Path, threads: int, count: ByteCount, *, direct: bool
+    client: Any, bucket: str, file: RemoteFile, path: Path, workers: Workers, count: ByteCount, *, direct: bool
 ) -> bool | None:
     """Returns whether the checksum is right; None where it can't be computed on the way."""
     checksum = checksum_of_parts(client, bucket, file)
@@ -131,7 +130,7 @@ def _fetch_parts(
                 record.flush()
             return digest and digest.digest()
 
-        digests = list(map_in_order(fetch_part, range(len(parts)), num_workers=threads))
+        digests = list(workers.map(fetch_part, range(len(parts))))
     ledger.unlink()
     return checksum and checksum.matches(digests)
 

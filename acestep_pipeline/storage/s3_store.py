@@ -12,7 +12,7 @@ from .copies import NUM_WORKERS
 from .folder_store import BLOCK_BYTES, Stored, digest
 from .release_manifest import PROBE_KEY
 from .s3 import RemoteFile, open_client, parse_address, read_object, s3_errors, shown
-from .transfer_progress import ByteCount
+from .transfer_progress import ByteCount, Workers
 
 # What says that a condition does not hold, that another request was writing, that what to compare with is gone.
 _LOST = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409", "NoSuchKey", "404"}
@@ -107,7 +107,7 @@ class S3Store:
             "publishers could undo each other's work; use one that does, such as AWS, or a folder."
         )
 
-    def put(self, path: Path, key: str, *, size: int, sha256: str | None, count: ByteCount, threads: int) -> None:
+    def put(self, path: Path, key: str, *, size: int, sha256: str | None, count: ByteCount, workers: Workers) -> None:
         """Upload a file's content; the server checks SHA-256, of the whole or of each part. It is computed if it isn't
         known."""
         with s3_errors(self.url, writing=True):
@@ -118,16 +118,16 @@ class S3Store:
                 path,
                 size=size,
                 sha256=sha256,
-                threads=threads,
+                workers=workers,
                 count=count,
             )
 
-    def fetch(self, stored: Stored, path: Path, *, count: ByteCount, threads: int) -> str | None:
+    def fetch(self, stored: Stored, path: Path, *, count: ByteCount, workers: Workers) -> str | None:
         """Download to `path`, no more than `stored.size` bytes; what S3 knows of the content is checked. Returns its
         SHA-256 where that was computed on the way."""
         remote = RemoteFile(self.folder + stored.key, stored.size, stored.etag)
         with s3_errors(self.url):
-            return s3_downloads.fetch(self.client, self.bucket, remote, path, threads=threads, count=count)
+            return s3_downloads.fetch(self.client, self.bucket, remote, path, workers=workers, count=count)
 
     def hash(self, key: str, *, size: int, count: Callable[[int], None]) -> str | None:
         """The SHA-256 of what lies under a key, as it is read now; None where there is nothing or another size."""

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..data.text.text_files import one_line
-from ..engines import map_in_order
 from ..errors import RunError
 from ..files import sha256 as sha256_of
 from ..files import write_text
 from ..paths import cache_dir
 from .s3_checksums import to_base64
 from .s3_direct import direct_requests
-from .transfer_progress import PART_BYTES, ByteCount, is_large, part_spans
+from .transfer_progress import PART_BYTES, ByteCount, Workers, is_large, part_spans
 
 
 class CountedBody:
@@ -60,7 +59,15 @@ def watch_bodies(client: Any) -> None:
 
 
 def send(
-    client: Any, bucket: str, key: str, path: Path, *, size: int, sha256: str | None, threads: int, count: ByteCount
+    client: Any,
+    bucket: str,
+    key: str,
+    path: Path,
+    *,
+    size: int,
+    sha256: str | None,
+    workers: Workers,
+    count: ByteCount,
 ) -> None:
     """Upload a file of this size and, if it is known, SHA-256.
 
@@ -68,10 +75,10 @@ def send(
     did not end is continued: parts that are there as they should be are not sent again.
     """
     if is_large(size):
-        if not _send_parts(client, bucket, key, path, size=size, threads=threads, count=count):
+        if not _send_parts(client, bucket, key, path, size=size, workers=workers, count=count):
             # Someone else has finished or given up the upload that was begun.
             count(-size)
-            if not _send_parts(client, bucket, key, path, size=size, threads=threads, count=count):
+            if not _send_parts(client, bucket, key, path, size=size, workers=workers, count=count):
                 raise RunError(f"s3://{bucket}/{one_line(key)} is being written by others as well; run it again.")
         return
     where = {"Bucket": bucket, "Key": key}
@@ -99,7 +106,9 @@ def _send_bytes(client: Any, where: dict, data: bytes, digest: bytes, count: Byt
     return etag
 
 
-def _send_parts(client: Any, bucket: str, key: str, path: Path, *, size: int, threads: int, count: ByteCount) -> bool:
+def _send_parts(
+    client: Any, bucket: str, key: str, path: Path, *, size: int, workers: Workers, count: ByteCount
+) -> bool:
     """Upload in parts; False where the upload is no longer there and the object isn't either."""
     before = path.stat()
     where = {"Bucket": bucket, "Key": key}
@@ -123,7 +132,7 @@ def _send_parts(client: Any, bucket: str, key: str, path: Path, *, size: int, th
 
     checksum = None
     try:
-        sent = list(map_in_order(send_part, range(1, len(parts) + 1), num_workers=threads))
+        sent = list(workers.map(send_part, range(1, len(parts) + 1)))
         if (path.stat().st_size, path.stat().st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise RunError(f"{one_line(str(path))} changed while it was sent; run it again.")
         checksum = f"{to_base64(hashlib.sha256(b''.join(digest for _, digest in sent)).digest())}-{len(sent)}"

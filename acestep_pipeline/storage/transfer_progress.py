@@ -3,7 +3,9 @@
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import TypeVar
 
 from ..engines import map_in_order
@@ -12,7 +14,7 @@ from ..progress import progress_bar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Larger files come one after another in parallel parts; smaller ones beside each other, each in one request.
+# Larger files come one after another in parallel parts; beside them smaller ones, each in one request.
 LARGE_BYTES = 64 * 1024**2
 # Parts of a large file, the last one apart, are of this size or larger, and at most so many (S3 user guide, "Multipart
 # upload limits").
@@ -70,14 +72,48 @@ def counting(
         yield ByteCount(bar.update, max_bytes_per_s)
 
 
+class Workers:
+    """So many requests at a time, whoever makes them: for the small files of a transfer, for parts of a large one."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._slots, self._has_ended = threading.Semaphore(number), False
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """`map_in_order`. What waits for its turn when `end` is called is cancelled."""
+
+        def in_turn(item: Item) -> Result:
+            with self._slots:
+                if self._has_ended:
+                    raise CancelledError
+                return function(item)
+
+        return map_in_order(in_turn, items, num_workers=self.number)
+
+    def end(self) -> None:
+        self._has_ended = True
+
+
 def small_and_large(
-    work: Callable[[Item, int], Result], items: Iterable[Item], size_of: Callable[[Item], int], *, num_workers: int
+    work: Callable[[Item, Workers], Result],
+    items: Iterable[Item],
+    size_of: Callable[[Item], int],
+    *,
+    num_workers: int,
 ) -> Iterator[Result]:
-    """`work(item, threads)` for each: small ones beside each other with one thread, then each large one with all."""
-    items = list(items)
-    yield from map_in_order(
-        lambda item: work(item, 1), [item for item in items if not is_large(size_of(item))], num_workers=num_workers
-    )
-    for item in items:
-        if is_large(size_of(item)):
-            yield work(item, num_workers)
+    """`work(item, workers)` for each: small ones beside each other, each in one request, beside them the large ones,
+    one after another, each in parts; the results in the order in which they are there."""
+    items, workers = list(items), Workers(num_workers)
+    small = [item for item in items if not is_large(size_of(item))]
+    with ThreadPoolExecutor(1) as executor:
+        under_way = deque(executor.submit(work, item, workers) for item in items if is_large(size_of(item)))
+        try:
+            for result in workers.map(lambda item: work(item, workers), small):
+                yield result
+                while under_way and under_way[0].done():
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            workers.end()
+            executor.shutdown(cancel_futures=True)
