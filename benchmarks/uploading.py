@@ -37,11 +37,11 @@ def one_update(transformer: torch.nn.Module) -> None:
     config = transformer.config
     channels = config.in_channels // 3
     velocity = transformer(
-        hidden_states=torch.zeros(1, 50, channels),
+        hidden_states=torch.randn(1, 50, channels),
         timestep=torch.full((1,), 0.5),
         timestep_r=torch.full((1,), 0.5),
-        encoder_hidden_states=torch.zeros(1, 16, config.encoder_hidden_size or config.hidden_size),
-        context_latents=torch.zeros(1, 50, 2 * channels),
+        encoder_hidden_states=torch.randn(1, 16, config.encoder_hidden_size or config.hidden_size),
+        context_latents=torch.randn(1, 50, 2 * channels),
         return_dict=False,
     )[0]
     velocity.square().sum().backward()
