@@ -138,7 +138,7 @@ def write_checkpoint(case: Case, directory: Path) -> None:
 
 def measure_updates(case: Case, rounds: int) -> list[dict]:
     """Of each way: seconds from the start of the process to the first update, and what it fetched."""
-    taken: dict[str, list[float]] = {way: [] for way in WAYS}
+    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     fetched: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as name, running_s3_server(Path(name) / "server") as server:
         os.environ.update(server.environment)
@@ -158,24 +158,22 @@ def measure_updates(case: Case, rounds: int) -> list[dict]:
                     latents = shutil.copytree(latents, run / "latents")
                     for known in latents.rglob("encoders-*"):
                         known.unlink()
-                seconds = until_first_update(case, address, root / "music", run, latents)
+                both = until_first_update(case, address, root / "music", run, latents)
                 copies = [path for path in (run / "cache" / "s3").rglob("*") if path.is_file()]
                 if number >= 0:
-                    taken[way].append(seconds)
+                    taken[way].append(both)
                     fetched[way] = sum(path.stat().st_size for path in copies)
                 shutil.rmtree(run)
-    return [
-        {
-            "way": way,
-            "seconds": {"median": statistics.median(taken[way]), "min": min(taken[way]), "max": max(taken[way])},
-            "fetched_bytes": fetched[way],
-        }
-        for way in WAYS
-    ]
+    rows = []
+    for way in WAYS:
+        clock, cpu = zip(*taken[way], strict=True)
+        seconds = {"median": statistics.median(clock), "min": min(clock), "max": max(clock)}
+        rows.append({"way": way, "seconds": seconds, "cpu_s": statistics.median(cpu), "fetched_bytes": fetched[way]})
+    return rows
 
 
-def until_first_update(case: Case, address: str, music: Path, run: Path, latents: Path) -> float:
-    """Train in a process of its own, and end it when `metrics.jsonl` has a line."""
+def until_first_update(case: Case, address: str, music: Path, run: Path, latents: Path) -> tuple[float, float]:
+    """Train in a process of its own, and end it when `metrics.jsonl` has a line: seconds by the clock and of CPUs."""
     flags = {
         "preset": "smoke",
         "pretrained_model_name_or_path": address,
@@ -200,10 +198,13 @@ def until_first_update(case: Case, address: str, music: Path, run: Path, latents
                     said = (run / "log").read_text(errors="replace").strip().splitlines()
                     raise RunError(f"the training made no update; it said: {' '.join(said[-1:])}")
                 time.sleep(0.005)
-            return time.perf_counter() - started
+            seconds = time.perf_counter() - started
         finally:
             process.kill()
-            process.wait()
+            if process.returncode is None:
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+    return seconds, usage.ru_utime + usage.ru_stime
 
 
 # --- what starts -----------------------------------------------------------------------------------------------------
@@ -237,18 +238,18 @@ def describe(row: dict) -> str:
     if "limit_s" in row:
         within = "within" if seconds <= row["limit_s"] else "over"
         return f"{row['way']}: {seconds:.2f} s ({within} {row['limit_s']:g} s)"
-    return f"{row['way']}: {seconds:.1f} s, {row['fetched_bytes'] / 1e6:.0f} MB fetched"
+    return f"{row['way']}: {seconds:.1f} s, {row['cpu_s']:.1f} s of CPU, {row['fetched_bytes'] / 1e6:.0f} MB fetched"
 
 
 def table(rows: list[dict]) -> str:
     """What docs/serverless.md says of them."""
     updates = {row["way"]: row for row in rows if row["stage"] == "first update"}
-    lines = ["| on a new machine | first update after | fetched |", "|---|---|---|"]
+    lines = ["| on a new machine | first update after | seconds of CPU | fetched |", "|---|---|---|---|"]
     for way in WAYS:
         row = updates.get(way)
         figures = "{median:.1f} s ({min:.1f}–{max:.1f})".format(**row["seconds"]) if row else "not run"
-        fetched = f"{row['fetched_bytes'] / 1e6:,.0f} MB" if row else ""
-        lines.append(f"| {SAID[way]} | {figures} | {fetched} |")
+        others = f"{row['cpu_s']:.1f} | {row['fetched_bytes'] / 1e6:,.0f} MB" if row else " | "
+        lines.append(f"| {SAID[way]} | {figures} | {others} |")
     starts = [f"`{row['way']}` {row['seconds']['median']:.2f} s" for row in rows if row["stage"] == "start"]
     on = f" ({rows[0]['hardware']}, S3 on the same machine)" if rows else ""
     lines += ["", f"Started as processes: {', '.join(starts) or 'not run'}{on}."]
