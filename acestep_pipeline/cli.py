@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(
         commands, "convert-checkpoint", "write a checkpoint of the original layout in diffusers' layout", _convert
     )
-    command.add_argument("source", help="the original layout: a folder, s3://… or a Hub id")
+    command.add_argument("source", help="the original layout: a folder, s3://…, hf://… or a Hub id")
     command.add_argument("directory", type=Path, help="a new folder")
     command.add_argument("--variant_dir", help="which DiT of several, e.g. acestep-v15-base")
     command.add_argument("--revision", help="branch, tag or commit on the Hub")
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_build_arguments(command: argparse.ArgumentParser) -> None:
     g = command.add_argument_group("input and output")
     g.add_argument(
-        "--data-dir", nargs="+", required=True, metavar="DIR", help="folders of audio, or s3://bucket/prefix"
+        "--data-dir", nargs="+", required=True, metavar="DIR", help="folders of audio, also s3://… or hf://…"
     )
     g.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the dataset goes")
     g.add_argument("--link", action="store_true", help="refer to the audio files where they are instead of copying")
