@@ -7,6 +7,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -214,6 +215,40 @@ def noting_proxy(server: S3Server) -> Iterator[tuple[str, list[str]]]:
 
         threading.Thread(target=accept, daemon=True).start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", heads
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def encrypting_proxy(server: S3Server, certificate: Path) -> Iterator[str]:
+    """A TLS proxy in front of the server; yields its URL. `certificate` holds the key as well."""
+    target = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+
+    def forward(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        for each in (source, sink):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def serve(plain: socket.socket) -> None:
+        # A client that does not trust the certificate goes away.
+        with contextlib.suppress(OSError), context.wrap_socket(plain, server_side=True) as near:
+            with socket.create_connection(target) as far:
+                threading.Thread(target=forward, args=(near, far), daemon=True).start()
+                forward(far, near)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # the listener is closed
+                while True:
+                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"https://127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
 
 

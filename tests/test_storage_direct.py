@@ -3,15 +3,17 @@
 import base64
 import hashlib
 import os
+import shutil
+import subprocess
 import sys
 
 import pytest
 
 from acestep_pipeline import storage
-from acestep_pipeline.errors import RunError
+from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.storage.s3 import list_folder, open_client
 from acestep_pipeline.storage.s3_direct import direct_requests
-from tests.s3_server import corrupting_proxy, noting_proxy
+from tests.s3_server import corrupting_proxy, encrypting_proxy, noting_proxy
 from tests.test_publishing import FILES, write
 from tests.test_storage import content, noise
 
@@ -170,3 +172,23 @@ def test_credentials_are_renewed_for_each_request(s3_folder, tmp_path, monkeypat
         )
         assert b"".join(answer.blocks) == b"1234"
     assert len(calls.read_text()) == before + 2
+
+
+def test_a_certificate_is_trusted_if_aws_ca_bundle_says_so(s3_folder, tmp_path, monkeypatch, through_botocore):
+    program, certificate, key = shutil.which("openssl"), tmp_path / "certificate.pem", tmp_path / "key.pem"
+    if program is None:
+        pytest.skip("the program openssl, which makes the certificate, is missing")
+    subprocess.run(
+        [program, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=s3", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    certificate.write_bytes(certificate.read_bytes() + key.read_bytes())
+    with encrypting_proxy(s3_folder.server, certificate) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        with pytest.raises(UsageError, match="https://127.0.0.1:.* can't be reached"):
+            storage.list(s3_folder.url)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        sync(write(tmp_path / "a", FILES), s3_folder.url)
+        sync(s3_folder.url, tmp_path / "b")
+    assert content(tmp_path / "b") == FILES and not {"PutObject", "GetObject"} & set(through_botocore)
