@@ -345,7 +345,10 @@ def train(args: argparse.Namespace) -> None:
                     # Dropout is keyed like all else that is random, so that a resumed run repeats it.
                     torch.manual_seed(batching.keyed_seed(args.seed, "dropout", done, step, rank))
                     with accelerator.no_sync(model):  # gradients are summed over processes below
-                        loss = micro.weight * error_of(model, batch) / elements
+                        loss = squared_error(
+                            model, batch, inputs.condition_mask, inputs.silence_latent, inputs.null_condition_emb
+                        )
+                        loss = micro.weight * loss / elements
                         parallel.backward(loss)
                     update_loss += loss.detach()
                     losses.append(([tracks[item.track].id for item in micro.items], batch["sigmas"], loss.detach()))
