@@ -77,21 +77,43 @@ class Workers:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._slots, self._has_ended = threading.Semaphore(number), False
+        self._lock, self._free, self._waiting = threading.Lock(), number, deque()
+        self._has_ended = False
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`map_in_order`. What waits for its turn when `end` is called is cancelled."""
 
         def in_turn(item: Item) -> Result:
-            with self._slots:
+            self._wait()
+            try:
                 if self._has_ended:
                     raise CancelledError
                 return function(item)
+            finally:
+                self._next()
 
         return map_in_order(in_turn, items, num_workers=self.number)
 
     def end(self) -> None:
         self._has_ended = True
+
+    # First come, first served, which a semaphore is not: small files would wait until a large one is through.
+
+    def _wait(self) -> None:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Event()
+            self._waiting.append(turn)
+        turn.wait()
+
+    def _next(self) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._free += 1
 
 
 def small_and_large(
