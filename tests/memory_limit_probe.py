@@ -30,9 +30,10 @@ def fits(windows: int, headroom: int, model, batch: dict, *rest) -> bool:
     limit(headroom)
     try:
         squared_error(model, {name: tensor[:windows] for name, tensor in batch.items()}, *rest).backward()
-    except RuntimeError:
+    except (RuntimeError, MemoryError):
         return False
     finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)  # Python itself may need some here
         model.zero_grad()
     return True
 
