@@ -1,5 +1,6 @@
 """What `make bench` and `make bench-gpu` run."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,7 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def make(*words: str) -> list[str]:
     """The last command that make would run."""
-    done = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["make", "--dry-run", "--no-print-directory", *words]
+    # Within `make test`, make would tell this one its own options.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()[-1].split()[1:]
 
 

@@ -148,6 +148,6 @@ def test_cache_command_encodes_once_and_names_what_it_left_out(demo_dir, tmp_pat
     said = capsys.readouterr().out
     assert "skipped  empty.wav: the file is empty" in said and "6 tracks" in said
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
-    assert len(written) == 12, "latents and conditions of six tracks"
+    assert len(written) == 13, "latents and conditions of six tracks, and the facts of the encoders"
     assert run(*argv) == 0
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}

@@ -59,7 +59,7 @@ def alone(demo_dir, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("config", CONFIGURATIONS)
+@pytest.mark.parametrize("config", ["fsdp2.yaml", pytest.param("deepspeed_zero2.yaml", marks=pytest.mark.slow)])
 def test_two_processes_go_on_from_the_checkpoint_of_one_and_train_the_same(demo_dir, tmp_path, alone, config):
     shared = tmp_path / "shared"
     shutil.copytree(alone, shared)
