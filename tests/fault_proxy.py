@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 
-from tests.loopback import serving
+from tests.loopback import listening, serving
 from tests.s3_server import S3Server
 
 _BODY = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>%s</Code><Message>busy</Message></Error>'
@@ -119,17 +119,9 @@ def faulty(
         with near, contextlib.suppress(OSError), socket.create_connection(target) as far:
             _pass_on(proxy, near, far)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        proxy = FaultProxy(f"http://127.0.0.1:{listener.getsockname()[1]}", random.Random(seed), share, expires_after)
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):  # the listener is closed
-                while True:
-                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
+    with listening(serve) as port:
+        proxy = FaultProxy(f"http://127.0.0.1:{port}", random.Random(seed), share, expires_after)
         yield proxy
-        listener.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

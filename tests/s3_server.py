@@ -22,6 +22,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from tests.loopback import listening
+
 # Long enough to be looked for in what is left and sent.
 ACCESS_KEY, SECRET_KEY = "canary-access-key", "canary-secret-key"
 _SERVICES = ("s3", "filer", "master", "volume", "admin")
@@ -170,16 +172,8 @@ def deaf_proxy(server: S3Server, marker: bytes, times: int) -> Iterator[tuple[st
                         return
                     near.sendall(answer)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):  # the listener is closed
-                while True:
-                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", done
-        listener.shutdown(socket.SHUT_RDWR)
+    with listening(serve) as port:
+        yield f"http://127.0.0.1:{port}", done
 
 
 @contextlib.contextmanager
@@ -206,16 +200,8 @@ def noting_proxy(server: S3Server) -> Iterator[tuple[str, list[str]]]:
                     answered = not data.startswith(b"HTTP/1.1 100")
                     near.sendall(data)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):  # the listener is closed
-                while True:
-                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", heads
-        listener.shutdown(socket.SHUT_RDWR)
+    with listening(serve) as port:
+        yield f"http://127.0.0.1:{port}", heads
 
 
 @contextlib.contextmanager
@@ -240,16 +226,8 @@ def encrypting_proxy(server: S3Server, certificate: Path) -> Iterator[str]:
                 threading.Thread(target=forward, args=(near, far), daemon=True).start()
                 forward(far, near)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):  # the listener is closed
-                while True:
-                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"https://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
+    with listening(serve) as port:
+        yield f"https://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
