@@ -50,6 +50,7 @@ from acestep_pipeline.progress import quiet_loading
 from acestep_pipeline.tiny_checkpoint import tiny_checkpoint_path
 from benchmarks.random_models import random_module
 from benchmarks.results_file import RESULTS, Results, measure_or_not
+from benchmarks.suites import choose_suite
 from benchmarks.training_measure import spread
 from benchmarks.training_ways import synchronize
 
@@ -282,10 +283,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the suite's configuration."""
     args = parse_args(argv)
-    has_gpu = default_device().type == "cuda"
-    suite = args.suite or ("gpu" if has_gpu else "cpu")
-    if suite == "gpu" and not has_gpu and args.model is None:
-        raise UsageError("the GPU suite needs a CUDA device; --model tiny rehearses it on a CPU.")
+    suite = choose_suite(args.suite, rehearsed=args.model is not None, rehearsal="--model tiny")
     given = {name: getattr(args, name) for name in ("model", "tracks", "seconds", "rounds")}
     case = dataclasses.replace(SUITES[suite], **{name: value for name, value in given.items() if value is not None})
     if min(case.tracks, case.rounds) < 1 or case.seconds < 2 or case.seconds % 2:

@@ -30,17 +30,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline.adapters.settings import LoraSettings
 from acestep_pipeline.data.tracks import Track
-from acestep_pipeline.errors import UsageError, one_sentence_errors
+from acestep_pipeline.errors import one_sentence_errors
 from acestep_pipeline.estimation.estimate import USABLE_MEMORY, Estimate, estimate
 from acestep_pipeline.estimation.gpus import Gpu
 from acestep_pipeline.estimation.memory_use import GIB
 from acestep_pipeline.estimation.model_shapes import SHAPES
 from acestep_pipeline.estimation.other_phases import decoding_tile_bytes, encoding_tile_bytes
-from acestep_pipeline.hardware import default_device
 from acestep_pipeline.training.arguments import parse_args as parse_training_args
 from benchmarks.memory_accounting import account_tiles, account_update, predict_on_cpu
 from benchmarks.memory_peaks import Training, measure_training, write_checkpoint
 from benchmarks.results_file import RESULTS, Results
+from benchmarks.suites import check_stages, choose_suite
 
 FRAMES_PER_SECOND = 25
 # For songs of a minute: two updates of four windows; a song of ten minutes has more.
@@ -159,13 +159,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the stages."""
     args = parse_args(argv)
-    has_gpu = default_device().type == "cuda"
-    suite = args.suite or ("gpu" if has_gpu else "cpu")
-    if suite == "gpu" and not has_gpu and args.model is None:
-        raise UsageError("the GPU suite needs a CUDA device; --model tiny rehearses it on a CPU.")
+    suite = choose_suite(args.suite, rehearsed=args.model is not None, rehearsal="--model tiny")
     stages = SUITES[suite]
-    if unknown := set(args.stages or ()) - stages.keys():
-        raise UsageError(f"--stages {', '.join(sorted(unknown))}: the {suite} suite has {', '.join(stages)}.")
+    check_stages(args.stages, stages, suite)
     output = args.output or RESULTS / f"memory_{suite}.json"
     results = Results(output, overwrite=args.overwrite, describe=describe_row)
     with tempfile.TemporaryDirectory() as folder:

@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline.errors import UsageError, one_sentence_errors
-from acestep_pipeline.hardware import default_device
 from benchmarks.random_models import SIZES
 from benchmarks.results_file import RESULTS, Results, measure_or_not
+from benchmarks.suites import check_stages, choose_suite
 from benchmarks.training_measure import measure
 from benchmarks.training_ways import Case
 
@@ -72,13 +72,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the stages, and print what they come to."""
     args = parse_args(argv)
-    has_gpu = default_device().type == "cuda"
-    suite = args.suite or ("gpu" if has_gpu else "cpu")
-    if suite == "gpu" and not has_gpu and args.size is None:
-        raise UsageError("the GPU suite needs a CUDA device; --size small rehearses it on a CPU.")
+    suite = choose_suite(args.suite, rehearsed=args.size is not None, rehearsal="--size small")
     stages = SUITES[suite]
-    if unknown := set(args.stages or ()) - stages.keys():
-        raise UsageError(f"--stages {', '.join(sorted(unknown))}: the {suite} suite has {', '.join(stages)}.")
+    check_stages(args.stages, stages, suite)
     if args.updates < 2:
         raise UsageError(f"--updates must be at least 2, not {args.updates}.")
     output = args.output or RESULTS / f"training_speed_{suite}.json"
