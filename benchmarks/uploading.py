@@ -1,21 +1,23 @@
 #!/usr/bin/env python
-"""What publishing checkpoints costs the updates meanwhile: in a process of its own (the trainer's way), in a thread.
+"""What publishing checkpoints costs the updates meanwhile.
 
     python benchmarks/uploading.py
 
-Both are compared with updates beside which nothing is sent, by turns. The server is a real one (SeaweedFS) on this
-machine, at low priority, as is the process that sends. An update is the forward and backward pass of the embedded
-checkpoint's DiT: hundreds of small operations, which wait for Python as a GPU's do. Where cores are few or busy, the
-ratios hold the server's share of them too, and say little beyond which way is the better one.
+While checkpoints are sent as the trainer sends them, the process that sends is stopped and let go on by turns of some
+updates, and the turns beside each other are compared: a machine's speed drifts by more than what is measured. The
+server is a real one (SeaweedFS) on this machine. The thread of the updates has a core to itself, as it has beside a
+GPU; the server and the process that sends have the others. An update is the forward and backward pass of the embedded
+checkpoint's DiT: hundreds of small operations, which wait for Python as a GPU's do.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -24,12 +26,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from acestep_pipeline import ACEStepPipeline
-from acestep_pipeline.storage.publishing import publish
+from acestep_pipeline.progress import progress_bar
 from acestep_pipeline.training.manifest import seal
 from acestep_pipeline.training.uploading import Uploads
+from benchmarks.training_measure import spread
 from tests.s3_server import S3Folder, running_s3_server
 
-WAYS = ("none", "process", "thread")
+UPDATES_A_TURN = 10
 
 
 def one_update(transformer: torch.nn.Module) -> None:
@@ -56,68 +59,77 @@ def checkpoint(folder: Path, number: int, size: int) -> Path:
     return made
 
 
-def measure(way: str, number: int, transformer: torch.nn.Module, url: str, size: int, seconds: float) -> list[float]:
-    """The seconds of each update while one checkpoint after the other is sent."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = checkpoint(Path(folder), number, size)
-        uploads = Uploads(f"{url}/{number}" if way == "process" else None, Path(folder))
-        uploads.add_checkpoint(made)
-        thread = threading.Thread(
-            target=publish,
-            args=(made, f"{url}/{number}"),
-            kwargs={"include_checkpoints": True, "show_progress": False},
-        )
-        if way == "thread":
-            thread.start()
-        times, end = [], time.monotonic() + seconds
-        while time.monotonic() < end and (way != "thread" or thread.is_alive()):
-            begun = time.perf_counter()
-            one_update(transformer)
-            times.append(time.perf_counter() - begun)
-            if way == "process" and not uploads.is_busy():
-                break
-        if way == "thread":
-            thread.join()
-        if failed := uploads.finish(120):
-            raise SystemExit(failed)
-    return times
+def sender() -> psutil.Process | None:
+    """The process that sends, if there is one."""
+    for child in psutil.Process().children():
+        if "acestep_pipeline.training.sending" in child.cmdline():
+            return child
+    return None
+
+
+def turn(transformer: torch.nn.Module) -> float:
+    """Milliseconds of an update, on the mean of a turn."""
+    begun = time.perf_counter()
+    for _ in range(UPDATES_A_TURN):
+        one_update(transformer)
+    return 1000 * (time.perf_counter() - begun) / UPDATES_A_TURN
+
+
+def measure(transformer: torch.nn.Module, uploads: Uploads) -> list[tuple[float, float]]:
+    """(with, without) of each pair of turns until what was added is sent, in the one order and the other."""
+    pairs = []
+    while (process := sender()) is None:
+        time.sleep(0.01)
+    time.sleep(1)  # its imports
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while uploads.is_busy():
+            taken = {}
+            for sends in (True, False) if len(pairs) % 2 else (False, True):
+                process.send_signal(signal.SIGCONT if sends else signal.SIGSTOP)
+                taken[sends] = turn(transformer)
+            process.send_signal(signal.SIGCONT)
+            pairs.append((taken[True], taken[False]))
+    return pairs[:-1]  # in the last it may have ended
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of updates in each turn at most")
-    parser.add_argument("--megabytes", type=int, default=256, help="of each checkpoint")
-    parser.add_argument("--output", type=Path)
+    """Measure, and print what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", type=int, default=8, help="one after the other (default: %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=512, help="of each (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="results file (unset: none)")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    own, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+        raise SystemExit("error: it needs two cores, one of them for the updates alone.")
     transformer = ACEStepPipeline.from_pretrained("tiny").transformer.train()
-    for _ in range(20):
-        one_update(transformer)
-    medians: dict[str, list[float]] = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory() as folder, running_s3_server(Path(folder)) as server:
-        os.environ.update(server.environment)
-        url = S3Folder(server).url
-        for process in psutil.Process().children(recursive=True):
-            process.nice(19)
-        for turn in range(args.rounds):
-            for place, way in enumerate(WAYS[turn % 3 :] + WAYS[: turn % 3]):
-                size = args.megabytes * 10**6
-                times = measure(way, 3 * turn + place, transformer, url, size, args.seconds)
-                medians[way].append(statistics.median(times))
-    ratios = {
-        way: statistics.median(
-            with_it / without for with_it, without in zip(medians[way], medians["none"], strict=True)
-        )
-        for way in WAYS[1:]
-    }
+    pairs, added_ms = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        os.sched_setaffinity(0, others)  # what this thread starts is on these, too
+        with running_s3_server(Path(folder)) as server:
+            os.environ.update(server.environment)
+            url = S3Folder(server).url
+            for number in progress_bar(iterable=range(args.checkpoints), desc="Checkpoints", unit="checkpoint"):
+                run = Path(folder, f"run-{number}")
+                made = checkpoint(run, number, args.megabytes * 10**6)
+                uploads = Uploads(f"{url}/{number}", run)
+                begun = time.perf_counter()
+                uploads.add_checkpoint(made)
+                added_ms.append(1000 * (time.perf_counter() - begun))
+                os.sched_setaffinity(0, {own})
+                pairs += measure(transformer, uploads)
+                os.sched_setaffinity(0, others)
+                if failed := uploads.finish(120):
+                    raise SystemExit(f"error: {failed}")
     result = {
-        "update_ms_without": round(1000 * statistics.median(medians["none"]), 2),
-        "ratio_process": round(ratios["process"], 3),
-        "ratio_thread": round(ratios["thread"], 3),
-        "rounds": args.rounds,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": [round(each, 1) for each in os.getloadavg()],
+        "update_ms_without": spread([without for _, without in pairs]),
+        "ratio": spread([with_it / without for with_it, without in pairs], digits=4),
+        "pairs": len(pairs),
+        "checkpoints": args.checkpoints,
+        "megabytes": args.megabytes,
+        "add_checkpoint_ms": round(statistics.median(added_ms), 1),
+        "cores": len(others) + 1,
     }
     print(json.dumps(result, indent=1))
     if args.output:

@@ -113,6 +113,18 @@ def test_a_training_is_stopped_and_goes_on_and_its_links_work(worker, demo_dir, 
     assert "X-Amz-Signature" not in json.dumps(without_links(result))
 
 
+@pytest.mark.slow
+def test_a_folder_of_music_on_the_hub_keeps_its_sidecars(worker, demo_dir, hub, tmp_path, monkeypatch):  # noqa: F811
+    hub.add("datasets/tester/music", {"main": demo_dir})
+    for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}.items():
+        monkeypatch.setenv(name, value)  # for the training's process
+    job = {"task": "train", "model": "tiny", "arguments": ARGUMENTS | {"max_train_steps": 1}}
+    for name, data in (("here", str(demo_dir)), ("there", "hf://datasets/tester/music")):
+        assert worker.run(job | {"name": name, "data": data})["status"] == "done"
+    here, there = (tmp_path / "output" / name / "pytorch_lora_weights.safetensors" for name in ("here", "there"))
+    assert here.read_bytes() == there.read_bytes()
+
+
 def test_what_a_training_refuses_is_its_sentence(worker, tmp_path):
     job = {"task": "train", "data": ".", "model": "tiny", "arguments": {"optimizer": "adamm"}}
     with pytest.raises(UsageError, match=r"^--optimizer .*adamm"):

@@ -86,8 +86,7 @@ def _command(job: TrainingJob, places: Places, name: str, notes: Path) -> list[s
     flags = training_flags(job.arguments)
     check_flags(flags, config)
     data = places.readable(job.data, "data", root=places.data, hub="hf://datasets/")
-    is_hub = data.startswith("hf://")
-    flags += [f"--dataset_name={data.removeprefix('hf://datasets/')}" if is_hub else f"--train_data_dir={data}"]
+    flags += [f"--train_data_dir={data}"]
     model = training_model(job, places)
     flags += [f"--pretrained_model_name_or_path={model}"] if model else []
     flags += [f"--{field}={value}" for field in ("variant_dir", "revision") if (value := getattr(job, field))]
