@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "cache", "encode a folder of music now, for a training later", _cache)
     add_model_arguments(command)
     command.add_argument("--train_data_dir", help=_DATA_HELP)
-    command.add_argument("--streaming", action="store_true", help="as in training: fetch each audio file of s3://… or "
+    command.add_argument("--streaming", action="store_true", help="as in training: fetch the audio of s3://… or "
                          "hf://… when it is to be encoded, and keep its latents alone")  # fmt: skip
     command.add_argument("--max_duration_s", type=float, default=240.0, help="as in training (default: 240)")
     command.add_argument("--min_duration_s", type=float, default=10.0, help="as in training (default: 10)")
@@ -132,14 +132,14 @@ def _command(commands, name: str, description: str, run) -> argparse.ArgumentPar
 
 def _cache(args: argparse.Namespace) -> int:
     from .data.latent_cache import LatentCache, prepare_tracks
-    from .data.tracks import describe_problems, doubts_about_text, load_tracks
+    from .data.tracks import describe_problems, doubts_about_text, load_tracks, locate
     from .training.settings import check_streaming, text_options
 
     text = text_options(args)
     data, said = default_data(args.train_data_dir)
     check_streaming(args.streaming, data)
     print(f"Data: {data} ({said})", flush=True)
-    tracks, problems = load_tracks(data, min_duration_s=args.min_duration_s, streaming=args.streaming)
+    tracks, problems = load_tracks(locate(data, streaming=args.streaming), min_duration_s=args.min_duration_s)
     directory = args.latent_cache_dir or cache_dir() / "latents"
     encoders = open_encoders(args, directory)
     cache = LatentCache(directory, encoders, text)

@@ -58,5 +58,19 @@ def quiet_loading() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Silence the bars of `datasets`, where there is one around many of its readings."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
+
+
 def _is_of_interest(record: logging.LogRecord) -> bool:
     return "timestep_mu" not in record.getMessage()

@@ -13,7 +13,7 @@ from .text.fields import FIELD_NAMES, canonical_name, text_fields
 _DESCRIPTIVE = {name for field in ("tags", "lyrics", "genre", "bpm", "keyscale") for name in FIELD_NAMES[field]}
 
 # Of what `save_to_disk` writes, the file that says so.
-_STATES = frozenset({"state.json", "dataset_dict.json"})
+STATES = frozenset({"state.json", "dataset_dict.json"})
 
 # The number of records, and a function that reads one.
 Records = tuple[int, Callable[[int], dict]]
@@ -34,21 +34,22 @@ class EmbeddedAudio:
 
 def is_dataset(directory: Path) -> bool:
     """Whether a directory is one that `disk_records` reads."""
-    return any((directory / name).is_file() for name in _STATES) or holds_parquet(directory)
+    return any((directory / name).is_file() for name in STATES) or holds_parquet(directory)
 
 
 def are_dataset(names: Collection[str]) -> bool:
     """Whether a directory with files of these names (relative to it, with /) is one that `disk_records` reads."""
-    return not _STATES.isdisjoint(names) or _are_parquet(names)
+    return not STATES.isdisjoint(names) or are_parquet(names)
 
 
 def holds_parquet(directory: Path) -> bool:
     """Whether a directory is a dataset as most on the Hub are: Parquet files, and no audio beside them."""
     paths = [path for pattern in ("*", "*/*") for path in Path(directory).glob(pattern)]
-    return _are_parquet([path.relative_to(directory).as_posix() for path in paths])
+    return are_parquet([path.relative_to(directory).as_posix() for path in paths])
 
 
-def _are_parquet(names: Iterable[str]) -> bool:
+def are_parquet(names: Iterable[str]) -> bool:
+    """Whether files of these names are such a dataset."""
     found = {PurePosixPath(name).suffix.lower() for name in names if name.count("/") < 2}
     return ".parquet" in found and not AUDIO_SUFFIXES.intersection(found)
 
@@ -87,12 +88,12 @@ def disk_records(directory: Path, split: str) -> Records:
     try:
         dataset = load_from_disk(str(directory))
     except Exception as error:  # datasets raises many types for a damaged directory
-        raise UsageError(f"{directory} is a damaged dataset ({_cause(error)}); build it again.") from error
+        raise UsageError(f"{directory} is a damaged dataset ({cause(error)}); build it again.") from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise UsageError(f"the dataset {directory} has no split {split!r} (it has {', '.join(dataset)}).")
         dataset = dataset[split]
-    return _dataset_records(dataset, str(directory))
+    return row_records(undecoded(dataset, str(directory)), str(directory))
 
 
 def hub_records(name: str, split: str) -> Records:
@@ -103,23 +104,39 @@ def hub_records(name: str, split: str) -> Records:
         dataset = load_dataset(name, split=split)
     except Exception as error:  # datasets raises many types for a missing or unreachable dataset
         what = f"the dataset {name}" if Path(name).is_dir() else f"--dataset_name {name}"
-        raise UsageError(f"{what} can't be loaded: {_cause(error)}") from error
-    return _dataset_records(dataset, name)
+        raise UsageError(f"{what} can't be loaded: {cause(error)}") from error
+    return row_records(undecoded(dataset, name), name)
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
+    """Why `datasets` failed, on one line."""
+    from datasets.exceptions import DatasetGenerationError
+
+    if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__  # itself it only says that there was an error
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _dataset_records(dataset, source: str) -> Records:
-    from datasets import Audio, ClassLabel
+def undecoded(dataset, source: str):
+    """A `datasets.Dataset` whose column `audio` gives encoded files as they are.
+
+    Raises:
+        UsageError: it has no such column, or one of something else.
+    """
+    from datasets import Audio
 
     if "audio" not in dataset.column_names:
         raise UsageError(f"the dataset {source} has no column 'audio' (it has {', '.join(dataset.column_names)}).")
     try:
-        dataset = dataset.cast_column("audio", Audio(decode=False))
+        return dataset.cast_column("audio", Audio(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UsageError(f"the column 'audio' of the dataset {source} holds no audio ({_cause(error)}).") from error
+        raise UsageError(f"the column 'audio' of the dataset {source} holds no audio ({cause(error)}).") from error
+
+
+def row_records(dataset, source: str) -> Records:
+    """The rows of an `undecoded` dataset; a row that has neither an id nor a file's name has an empty id."""
+    from datasets import ClassLabel
+
     classes = {name: feature for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
     described = any(canonical_name(name) in _DESCRIPTIVE for name in dataset.column_names)
 
@@ -127,13 +144,13 @@ def _dataset_records(dataset, source: str) -> Records:
         try:
             row = dataset[index]
         except Exception as error:  # pyarrow raises many types for a damaged file
-            raise UsageError(f"row {index} of the dataset {source} can't be read ({_cause(error)}).") from error
+            raise UsageError(f"row {index} of the dataset {source} can't be read ({cause(error)}).") from error
         audio = row["audio"] or {"bytes": b"", "path": None}
         path = audio.get("path")
         warnings: list[str] = []
         return {
             **text_fields(_name_classes(row, classes), warnings),
-            "id": row.get("id") or path or str(index),
+            "id": str(row.get("id") or path or ""),
             "audio": Path(path) if path and audio.get("bytes") is None else EmbeddedAudio(dataset, index),
             "warnings": warnings,
             "ask_file": not described,

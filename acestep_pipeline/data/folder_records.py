@@ -5,10 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..errors import UsageError
-from ..storage.remote_folder import open_remote_folder
-from ..storage.s3 import shown
-from .dataset_rows import are_dataset
+from ..storage.remote_folder import RemoteFolder
 from .remote_audio import RemoteAudio
 from .text.fields import fill_missing
 from .text.folder_listing import FolderListing, dataset_json_names, describe_unmatched, list_folder, list_names
@@ -33,17 +30,8 @@ def local_records(folder: Path) -> FolderRecords:
     return _records(listing, folder, lambda name: folder / name)
 
 
-def remote_records(address: str, *, num_workers: int) -> FolderRecords:
-    """The records of a folder at an `s3://` or `hf://` address: sidecars and tables are fetched, audio is not.
-
-    Raises as `open_remote_folder`, and `UsageError` for a dataset.
-    """
-    remote = open_remote_folder(address, num_workers=num_workers)
-    if are_dataset(remote.files):
-        raise UsageError(
-            f"{shown(address)} is a dataset of Arrow or Parquet files, each of which holds many tracks: leave "
-            "--streaming out, or name a folder of audio files."
-        )
+def remote_records(remote: RemoteFolder) -> FolderRecords:
+    """The records of a folder that lies elsewhere: sidecars and tables are fetched, audio is not."""
     listing = list_names(remote.files)
     wanted = [name for name in listing.top_names if is_table(name)] + dataset_json_names(listing)
     for file, sidecars in listing.sidecars.items():

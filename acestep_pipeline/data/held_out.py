@@ -5,11 +5,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from ..errors import UsageError
-from ..storage.copies import local_copy
-from ..storage.remote_folder import can_stream
+from ..storage.remote_folder import RemoteFolder
 from .building.splits import choose_holdout
-from .dataset_rows import disk_splits, hub_splits
-from .tracks import Problem, Track, load_tracks
+from .dataset_rows import are_dataset, disk_splits, hub_splits
+from .remote_rows import remote_splits
+from .tracks import Problem, Track, load_tracks, locate
 
 HELD_OUT_SPLIT = "test"
 
@@ -37,7 +37,7 @@ def load_train_and_held_out(
         validation_fraction: share of the tracks that is held out, the same of every genre; in [0, 1).
         max_validation_samples: at most so many held-out tracks are used, drawn by `validation_seed`.
         validation_seed: also which tracks `validation_fraction` holds out, whatever `seed` is.
-        The others are those of `load_tracks`.
+        streaming: that of `locate`; the others are those of `load_tracks`.
 
     Returns:
         The training tracks, the held-out ones, and the problems found.
@@ -45,23 +45,19 @@ def load_train_and_held_out(
     Raises:
         UsageError: nothing is usable, two sources of held-out tracks are named, or the one named gives none.
     """
-
-    def locate(place: str | Path) -> str | Path:
-        """Where it is read: in a copy that is made once for all that is read of it, unless it is streamed."""
-        return place if streaming and can_stream(place) else local_copy(str(place), show_progress=show_progress)
-
+    where = {"streaming": streaming, "show_progress": show_progress}
     if dataset_name is None:
-        train_data_dir = locate(train_data_dir)
+        train_data_dir = locate(train_data_dir, **where)
     if validation_data_dir is not None:
-        validation_data_dir = locate(validation_data_dir)
-    how = {"min_duration_s": min_duration_s, "streaming": streaming, "show_progress": show_progress}
+        validation_data_dir = locate(validation_data_dir, **where)
+    how = {"min_duration_s": min_duration_s, "show_progress": show_progress}
     tracks, problems = load_tracks(
         train_data_dir, dataset_name=dataset_name, max_train_samples=max_train_samples, seed=seed, **how
     )
-    splits = disk_splits(train_data_dir) if dataset_name is None else hub_splits(dataset_name)
+    splits = _splits(train_data_dir) if dataset_name is None else hub_splits(dataset_name)
     held_out: list[Track] = []
     if validation_data_dir is not None:
-        split = HELD_OUT_SPLIT if HELD_OUT_SPLIT in disk_splits(validation_data_dir) else "train"
+        split = HELD_OUT_SPLIT if HELD_OUT_SPLIT in _splits(validation_data_dir) else "train"
         held_out, found = load_tracks(validation_data_dir, split=split, **how)
         problems += found
     elif HELD_OUT_SPLIT in splits:
@@ -88,6 +84,12 @@ def load_train_and_held_out(
         chosen = set(random.Random(validation_seed).sample(range(len(held_out)), max_validation_samples))
         held_out = [track for index, track in enumerate(held_out) if index in chosen]
     return tracks, held_out, problems
+
+
+def _splits(place: Path | RemoteFolder) -> tuple[str, ...]:
+    if isinstance(place, RemoteFolder):
+        return remote_splits(place) if are_dataset(place.files) else ()
+    return disk_splits(place)
 
 
 def hold_out(tracks: list[Track], fraction: float, *, seed: int) -> tuple[list[Track], list[Track]]:

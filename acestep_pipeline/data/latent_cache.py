@@ -21,6 +21,7 @@ from ..progress import progress_bar
 from .audio import AudioError, read_audio, stream_audio
 from .cache_files import cache_folder, read_header, write_cache_file
 from .encoders import Encoders
+from .remote_shards import SHELF
 from .text.lyrics import cut_to_window, lines_beyond
 from .text.variants import TextOptions, make_wordings
 from .tiled_encoding import encode_in_tiles
@@ -281,12 +282,13 @@ def prepare_tracks(
 ) -> tuple[list[CachedTrack], list[Problem]]:
     """`LatentCache.prepare` over many tracks, with a progress bar in seconds of audio.
 
-    While one is encoded, threads decode the next ones.
+    While one is encoded, threads decode the next ones. Shards that were fetched for them are gone in the end.
     """
     cached, problems = [], []
     total = sum(track.duration_s for track in tracks)
     layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
     with (
+        contextlib.closing(SHELF),
         progress_bar(total=total, desc="Caching latents", bar_format=layout, disable=not show_progress) as bar,
         contextlib.closing(map_in_order(cache.decode, tracks, num_workers=DECODING_THREADS)) as ahead,
     ):

@@ -5,19 +5,14 @@ later run over the same files, whose latents are cached, fetches none of them.
 """
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..files import sha256, write_text
-from ..paths import cache_dir
-from ..storage.copies import file_errors
+from ..files import sha256
 from ..storage.remote_folder import RemoteFolder
 from .audio import AudioInfo, probe_audio
+from .remembered import remembered
 from .text.file_tags import read_file_tags
-
-# Raise when what a file is read for changes.
-FACTS_VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +38,11 @@ class AudioFacts:
     tags: dict
     warnings: list[str]
 
+    @classmethod
+    def from_json(cls, content: dict) -> "AudioFacts":
+        """Of what `dataclasses.asdict` made; raises `KeyError` or `TypeError` for anything else."""
+        return cls(**content | {"info": AudioInfo(**content["info"])})
+
 
 def read_facts(source: Path | bytes, *, with_tags: bool) -> AudioFacts:
     """Probe and hash a file, or a file's bytes, and read the tags inside it if they are asked for.
@@ -60,31 +60,9 @@ def remote_facts(audio: RemoteAudio) -> AudioFacts:
 
     Raises as `read_facts` and `RemoteFolder.fetched`.
     """
-    from filelock import FileLock
 
-    identity = audio.folder.files[audio.name]
-    key = json.dumps([audio.folder.place, audio.name, identity.size, identity.tag])
-    name = hashlib.sha256(key.encode()).hexdigest()
-    folder = cache_dir() / f"remote-audio-v{FACTS_VERSION}" / name[:2]
-    path = folder / f"{name}.json"
-    facts = _remembered(path)
-    if facts is None:
-        with file_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / "lock")
-        with lock:
-            facts = _remembered(path)
-            if facts is None:
-                with audio.folder.fetched(audio.name) as fetched:
-                    facts = read_facts(fetched, with_tags=True)
-                with file_errors(folder):
-                    write_text(path, json.dumps(asdict(facts), ensure_ascii=False))
-    return facts
+    def read() -> dict:
+        with audio.folder.fetched(audio.name) as fetched:
+            return asdict(read_facts(fetched, with_tags=True))
 
-
-def _remembered(path: Path) -> AudioFacts | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return AudioFacts(**content | {"info": AudioInfo(**content["info"])})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there, or damaged: it is read again
+    return remembered("remote-audio", audio.folder.key(audio.name), read, AudioFacts.from_json)

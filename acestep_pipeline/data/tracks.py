@@ -15,11 +15,12 @@ from ..engines import map_in_order
 from ..errors import UsageError
 from ..progress import progress_bar
 from ..storage.copies import local_copy
-from ..storage.remote_folder import can_stream
+from ..storage.remote_folder import RemoteFolder, can_stream, open_remote_folder
 from .audio import AUDIO_SUFFIXES, AudioError
-from .dataset_rows import EmbeddedAudio, disk_records, hub_records, is_dataset
+from .dataset_rows import EmbeddedAudio, are_dataset, disk_records, hub_records, is_dataset
 from .folder_records import FolderRecords, local_records, remote_records
 from .remote_audio import AudioFacts, RemoteAudio, read_facts, remote_facts
+from .remote_rows import RemoteRow, remote_rows
 from .text.fields import fill_missing
 from .text.folder_listing import list_folder
 from .text.normalisation import normalise_rights, normalise_tags, normalise_text
@@ -54,7 +55,7 @@ class Track:
     """
 
     id: str
-    audio: Path | EmbeddedAudio | RemoteAudio
+    audio: Path | EmbeddedAudio | RemoteAudio | RemoteRow
     tags: str
     lyrics: str
     language: str
@@ -77,12 +78,13 @@ class Track:
     def source(self) -> Path | bytes:
         """The path, or the bytes of the encoded file, read anew each time: a dataset need not fit in memory.
 
-        Of audio that lies elsewhere (`RemoteAudio`) each reading is a download. Raises as its `read`.
+        Of audio that lies elsewhere (`RemoteAudio`) each reading is a download, or of a `RemoteRow` of the shard that
+        it is in, unless that is here still. Raises as its `read`.
         """
         return _source(self.audio)
 
 
-def _source(audio: Path | EmbeddedAudio | RemoteAudio) -> Path | bytes:
+def _source(audio: Path | EmbeddedAudio | RemoteAudio | RemoteRow) -> Path | bytes:
     return audio if isinstance(audio, Path) else audio.read()
 
 
@@ -104,8 +106,19 @@ class _Examined:
     refusal: str = ""
 
 
+def locate(place: str | Path, *, streaming: bool, show_progress: bool = True) -> Path | RemoteFolder:
+    """Where data is read: the folder itself; of an address a copy in the cache, which is brought up to date, or with
+    `streaming` the address, of which `MAX_READERS` files are fetched at a time.
+
+    Raises as `local_copy` and `open_remote_folder`.
+    """
+    if streaming and can_stream(place):
+        return open_remote_folder(str(place), num_workers=MAX_READERS)
+    return local_copy(str(place), show_progress=show_progress).expanduser()
+
+
 def load_tracks(
-    train_data_dir: str | Path | None = None,
+    train_data_dir: str | Path | RemoteFolder | None = None,
     *,
     dataset_name: str | None = None,
     split: str = "train",
@@ -114,15 +127,15 @@ def load_tracks(
     seed: int = 0,
     genre_from_folder: bool = False,
     judge_tags: bool = True,
-    streaming: bool = False,
     show_progress: bool = True,
 ) -> tuple[list[Track], list[Problem]]:
     """Read the tracks of a folder, a `datasets` directory or a Hub dataset, in a fixed order.
 
     Args:
-        train_data_dir: a folder of audio with sidecars, or a directory written by `Dataset.save_to_disk`; of an
-            `s3://bucket/prefix` or `hf://datasets/user/name` the copy in the cache is brought up to date and read,
-            unless it is streamed.
+        train_data_dir: a folder of audio with sidecars, a directory written by `Dataset.save_to_disk`, or one of
+            Parquet files; of an `s3://bucket/prefix` or `hf://datasets/user/name` the copy in the cache is brought up
+            to date and read. Of a `RemoteFolder` (`locate`) text alone is fetched, and audio (`RemoteAudio`,
+            `RemoteRow`) when it is read; the tracks are the same.
         dataset_name: instead of the folder, a Hub id or anything `datasets.load_dataset` takes.
         split: which rows of a dataset; a folder of audio, and a dataset on disk without splits, have no others.
         min_duration_s: shorter tracks are skipped.
@@ -130,28 +143,29 @@ def load_tracks(
         seed: for `max_train_samples`.
         genre_from_folder: a track whose genre no sidecar or table gives takes the name of its folder.
         judge_tags: name tracks that have no tags.
-        streaming: of an address fetch the text alone, and each audio file when it is read (`RemoteAudio`), at most
-            `MAX_READERS` at a time; the tracks are the same.
         show_progress: draw a progress bar.
 
     Returns:
         The usable tracks, and the problems found (skipped tracks and warnings).
 
     Raises:
-        UsageError: there is no such folder, no track in it is usable, or a dataset is to be streamed.
+        UsageError: there is no such folder, or no track in it is usable.
         RunError: a file that is streamed changed meanwhile, or the connection broke.
     """
-    streaming = streaming and dataset_name is None and can_stream(train_data_dir)
-    source = dataset_name or (
-        train_data_dir if streaming else local_copy(str(train_data_dir), show_progress=show_progress).expanduser()
-    )
+    source = dataset_name or train_data_dir
+    if dataset_name is None and not isinstance(source, RemoteFolder):
+        source = locate(train_data_dir, streaming=False, show_progress=show_progress)
+    name = source.place if isinstance(source, RemoteFolder) else str(source)
     problems: list[Problem] = []
     folder: FolderRecords | None = None
     num_readers = 1  # a dataset's rows are read from one file
-    if streaming:
-        folder, num_readers = remote_records(str(source), num_workers=MAX_READERS), MAX_READERS
-    elif dataset_name is not None:
+    if dataset_name is not None:
         total, read_record = hub_records(dataset_name, split)
+    elif isinstance(source, RemoteFolder):
+        if are_dataset(source.files):
+            total, read_record = remote_rows(source, split, show_progress=show_progress)
+        else:
+            folder, num_readers = remote_records(source), MAX_READERS
     elif not source.is_dir():
         raise UsageError(f"{source} is not a folder; name one that holds audio.")
     elif is_dataset(source):
@@ -170,7 +184,7 @@ def load_tracks(
     def examine(index: int) -> _Examined:
         record = read_record(index)
         if genre_from_folder:
-            above = PurePosixPath(str(record["id"])).parent.name or Path(source).absolute().name
+            above = PurePosixPath(record["id"]).parent.name or Path(name).absolute().name
             fill_missing(record, {"genre": above})
         return _examine(record)
 
@@ -180,7 +194,7 @@ def load_tracks(
             if max_train_samples is not None and len(tracks) >= max_train_samples:
                 break
             result = next(examined)
-            track, found = _to_track(result, _unique_id(str(result.record["id"]), ids), min_duration_s)
+            track, found = _to_track(result, _unique_id(result.record["id"] or str(index), ids), min_duration_s)
             problems += found
             if track is not None:
                 tracks[index] = track
@@ -189,7 +203,7 @@ def load_tracks(
             bar.update()
     examined.close()
     if not tracks:
-        raise UsageError(_nothing_usable(str(source), total, problems))
+        raise UsageError(_nothing_usable(name, total, problems))
     return [tracks[index] for index in sorted(tracks)], problems
 
 
@@ -230,7 +244,9 @@ def _examine(record: dict) -> _Examined:
     """Probe and hash the audio of a record, and ask the tags inside it for what is still missing."""
     audio = record["audio"]
     try:
-        if isinstance(audio, RemoteAudio):
+        if isinstance(audio, RemoteRow):
+            facts = audio.facts()
+        elif isinstance(audio, RemoteAudio):
             facts = remote_facts(audio)
         else:
             facts = read_facts(_source(audio), with_tags=record["ask_file"])

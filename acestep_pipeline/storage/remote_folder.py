@@ -56,6 +56,11 @@ class RemoteFolder:
                 self.fetch(name, path, UNCOUNTED)
             yield path
 
+    def key(self, name: str) -> list:
+        """JSON that tells one file's content from any other's."""
+        identity = self.files[name]
+        return [self.place, name, identity.size, identity.tag]
+
     def keep(self, names: Iterable[str]) -> Path:
         """The folder on this machine that holds these files, of those that are there, brought up to date."""
         return self._keep(set(names))
@@ -67,7 +72,8 @@ def can_stream(location: str | Path) -> bool:
 
 
 def open_remote_folder(address: str, *, num_workers: int) -> RemoteFolder:
-    """List what is under an `s3://` or `hf://` address, from which up to `num_workers` files are fetched at a time.
+    """List what is under an `s3://` or `hf://` address, of which up to `num_workers` files, or parts of large
+    ones, are fetched at a time.
 
     Raises:
         UsageError: nothing is there, or it can't be read; a name is not safe.
@@ -83,10 +89,11 @@ def _on_s3(address: str, num_workers: int) -> RemoteFolder:
         files = list_files(client, address, folder)
     if not files:
         raise UsageError(f"{shown(address)} holds no files; name a folder of the bucket that does.")
+    workers = Workers(num_workers)
 
     def bring(name: str, path: Path, count: ByteCount) -> None:
         with s3_errors(f"s3://{bucket}/{folder}{name}"):
-            fetch(client, bucket, files[name], path, workers=Workers(1), count=count)
+            fetch(client, bucket, files[name], path, workers=workers, count=count)
 
     return RemoteFolder(
         address,

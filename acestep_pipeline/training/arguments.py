@@ -39,7 +39,7 @@ def _add_model_arguments(g) -> None:
 
 def _add_data_arguments(g) -> None:
     g.add_argument("--train_data_dir", help="folder of audio with sidecars, or a datasets directory, also s3://… or hf://datasets/user/name; unset: $ACESTEP_DATA, else /data, else ./data")
-    g.add_argument("--streaming", action=argparse.BooleanOptionalAction, default=False, help="of a folder of audio at s3://… or hf://… fetch each file when it is to be encoded, and keep its latents alone: for music that is larger than the disk; the adapter is the same")
+    g.add_argument("--streaming", action=argparse.BooleanOptionalAction, default=False, help="of a folder of audio or a dataset at s3://… or hf://… fetch each file when it is to be encoded, and keep its latents alone: for music that is larger than the disk; the adapter is the same")
     g.add_argument("--dataset_name", help="instead of a folder, a dataset on the Hub")
     g.add_argument("--max_train_samples", type=int, help="use only N tracks, drawn by --seed")
     g.add_argument("--trigger_word", metavar="WORD", help="a made-up word put into every track's tags, which calls the style up in prompts; a track's own (trigger_word or custom_tag in its sidecar) wins")
