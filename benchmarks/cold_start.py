@@ -36,8 +36,9 @@ from acestep_pipeline.errors import RunError, one_sentence_errors
 from acestep_pipeline.progress import quiet_loading
 from acestep_pipeline.storage.folder_sync import sync_folder
 from acestep_pipeline.tiny_checkpoint import build_tiny_pipeline
+from benchmarks.pages import write_tables
 from benchmarks.random_models import random_module, transformer_shape
-from benchmarks.results_file import RESULTS, ROOT, Results, read_rows, write_tables
+from benchmarks.results_file import RESULTS, ROOT, Results, read_rows
 from tests.s3_server import running_s3_server
 
 SCRIPT = ROOT / "train_ace_step_lora.py"

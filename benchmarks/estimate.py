@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """How far `acestep-lora estimate` is from what an update really takes: bytes at the peak, and seconds.
 
-    python benchmarks/estimate.py                     small models; on a GPU also the full-size ones
-    python benchmarks/estimate.py --full-size         the 2 B model as well, with random weights (12 GB)
+    python benchmarks/estimate.py                       small models; on a GPU also the full-size ones
+    python benchmarks/estimate.py --stages full_size    on a CPU the 2 B model, with random weights: 12 GB of memory
+    python benchmarks/estimate.py --suite gpu --model small --max_seconds 2 --updates 1       a rehearsal on a CPU
 
 Measured is the peak of what tensors take during one update (forward, backward, clip, optimizer): on a CPU summed over
 PyTorch's allocations, on a GPU `torch.cuda.max_memory_allocated`. The assumed part of a prediction (CUDA's context,
@@ -10,15 +11,18 @@ the allocator's fragmentation) is not in it, since neither measurement sees that
 
 The time is predicted from the rates that this machine is measured to reach (`acestep-lora estimate --gpu this`), and,
 on a GPU of the table, also from what its maker publishes; measured is the median of --updates updates.
+`estimate_table.py` writes the table in docs/training.md.
 """
 
 import argparse
 import contextlib
-import json
+import dataclasses
+import functools
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from acestep_pipeline.adapters.settings import LoraSettings
 from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.condition_mask import ConditionMask
-from acestep_pipeline.errors import UsageError
+from acestep_pipeline.errors import UsageError, one_sentence_errors
 from acestep_pipeline.estimation.compute_time import move_seconds, pass_seconds, pass_work, update_bytes
 from acestep_pipeline.estimation.gpus import Gpu, find_gpu
 from acestep_pipeline.estimation.memory_use import Batch, Precision, inspect_adapter, predict_update
@@ -39,101 +43,167 @@ from acestep_pipeline.quantization import quantize_base
 from acestep_pipeline.training.memory import enable_gradient_checkpointing
 from acestep_pipeline.training.optimization import build_optimizer
 from acestep_pipeline.training.optimizers import OPTIMIZERS
-from benchmarks.random_models import condition_width, random_transformer, transformer_shape
-from benchmarks.results_file import origin
+from benchmarks.random_models import SIZES, condition_width, random_transformer, transformer_shape
+from benchmarks.results_file import RESULTS, Results, measure_or_not
+from benchmarks.suites import check_stages, choose_suite
 from train_ace_step_lora import squared_error
 
-RESULTS = Path(__file__).parent / "results" / "estimate.json"
-DEFAULTS = {"seconds": 30, "items": 1, "condition_tokens": 150, "dropout": 0.05, "rank": 16, "checkpointing": 0.0,
-            "quantization": "none", "optimizer": "adamw", "accumulation": 2, "bf16": False}  # fmt: skip
+
+@dataclass(frozen=True)
+class Case:
+    """An update of a model of `SIZES`: so many passes (`accumulation`), each of `items` windows of `seconds`."""
+
+    model: str
+    seconds: int = 30
+    items: int = 1
+    condition_tokens: int = 150
+    dropout: float = 0.05
+    rank: int = 16
+    checkpointing: float = 0.0
+    quantization: str = "none"
+    optimizer: str = "adamw"
+    accumulation: int = 2
+    bf16: bool = False
+
+
 SMALL_CASES = [
-    {"model": "mid"},
-    {"model": "mid", "dropout": 0.0},
-    {"model": "mid", "items": 2},
-    {"model": "mid", "checkpointing": 1.0},
-    {"model": "mid", "checkpointing": 0.5},
-    {"model": "mid", "quantization": "nf4", "checkpointing": 1.0},
-    {"model": "mid", "quantization": "int8"},
-    {"model": "mid", "optimizer": "adamw_8bit", "rank": 64},
-    {"model": "mid", "bf16": True, "seconds": 20},
-    {"model": "mid-xl"},
-    {"model": "mid-xl", "checkpointing": 1.0, "seconds": 60},
+    Case("mid"),
+    Case("mid", dropout=0.0),
+    Case("mid", items=2),
+    Case("mid", checkpointing=1.0),
+    Case("mid", checkpointing=0.5),
+    Case("mid", quantization="nf4", checkpointing=1.0),
+    Case("mid", quantization="int8"),
+    Case("mid", optimizer="adamw_8bit", rank=64),
+    Case("mid", bf16=True, seconds=20),
+    Case("mid-xl"),
+    Case("mid-xl", checkpointing=1.0, seconds=60),
 ]
-FULL_CASES = [
-    {"model": "2b", "rank": 64, "seconds": 30, "checkpointing": 1.0, "accumulation": 1},
-    {"model": "2b", "rank": 64, "seconds": 10, "accumulation": 1},
-    {"model": "2b", "rank": 64, "seconds": 30, "checkpointing": 1.0, "accumulation": 1, "quantization": "nf4"},
+CPU_CASES = [
+    Case("2b", rank=64, accumulation=1, checkpointing=1.0),
+    Case("2b", rank=64, accumulation=1, seconds=10),
+    Case("2b", rank=64, accumulation=1, checkpointing=1.0, quantization="nf4"),
 ]
 GPU_CASES = [
-    {"model": "2b", "rank": 64, "bf16": True, "seconds": 60, "accumulation": 2, **changes}
+    Case("2b", rank=64, bf16=True, **({"seconds": 60} | changes))
     for changes in (
         {}, {"checkpointing": 1.0}, {"checkpointing": 0.5}, {"checkpointing": 1.0, "quantization": "nf4"},
         {"checkpointing": 1.0, "quantization": "int8"}, {"checkpointing": 1.0, "seconds": 240},
         {"checkpointing": 1.0, "optimizer": "paged_adamw_8bit"},
     )
 ]  # fmt: skip
-GPU_CASES += [{"model": "xl", "rank": 64, "bf16": True, "seconds": 60, "checkpointing": 1.0, "quantization": "nf4"}]
+GPU_CASES += [Case("xl", rank=64, bf16=True, seconds=60, checkpointing=1.0, quantization="nf4")]
+SUITES = {
+    "cpu": {"small": SMALL_CASES, "full_size": CPU_CASES},
+    "gpu": {"small": SMALL_CASES, "full_size": GPU_CASES},
+}
 
 
-def main() -> None:
-    """Run the cases that this machine can, and write a table and the results file."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--full-size", action="store_true", help="also the 2 B model on the CPU: 12 GB, minutes")
+    p.add_argument("--suite", choices=tuple(SUITES), help="which cases (unset: by whether there is a GPU)")
+    p.add_argument("--stages", nargs="+", metavar="STAGE",
+                   help="of small, full_size (unset: both on a GPU, small on a CPU)")  # fmt: skip
+    p.add_argument("--model", choices=SIZES, help="this model instead of those of the suite")
+    p.add_argument("--max_seconds", type=int, help="windows of at most this, instead of those of the suite")
     p.add_argument("--updates", type=int, default=7, help="updates timed of each case (default: %(default)s)")
-    p.add_argument("--output", type=Path, default=RESULTS, help="results file (default: %(default)s)")
-    args = p.parse_args()
+    p.add_argument("--output", type=Path, help="results file (unset: benchmarks/results/estimate_SUITE.json)")
+    p.add_argument("--overwrite", action="store_true", help="measure again what the file has")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the cases."""
+    args = parse_args(argv)
+    suite = choose_suite(args.suite, rehearsed=args.model is not None, rehearsal="--model small")
+    stages = SUITES[suite]
+    check_stages(args.stages, stages, suite)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = SMALL_CASES + (GPU_CASES if device.type == "cuda" else FULL_CASES if args.full_size else [])
-    rates = {precision: {"this": measure(device, mixed_precision=precision)} for precision in ("no", "bf16")}
-    if device.type == "cuda":
-        with contextlib.suppress(UsageError):  # a GPU that is not in the table
-            published = find_gpu(torch.cuda.get_device_name(device))
-            rates = {precision: by_name | {"published": published} for precision, by_name in rates.items()}
-    rows = []
-    for case in cases:
-        case = DEFAULTS | case
-        rows.append(case | run_case(case, device, rates["bf16" if case["bf16"] else "no"], args.updates))
-        print(describe(rows[-1]), flush=True)
-    as_json = {key: {name: vars(gpu) for name, gpu in named.items()} for key, named in rates.items()}
-    result = origin() | {"rates": as_json, "updates_timed": args.updates, "cases": rows}
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"Wrote {args.output}")
+    output = args.output or RESULTS / f"estimate_{suite}.json"
+    results = Results(output, overwrite=args.overwrite, describe=describe_row)
+    for stage in args.stages or (["small"] if suite == "cpu" else stages):
+        for case in stages[stage]:
+            seconds = min(case.seconds, args.max_seconds or case.seconds)
+            case = dataclasses.replace(case, model=args.model or case.model, seconds=seconds)
+            if not results.has(stage, case):
+                print(f"{stage}: {describe(case)} …", flush=True)
+                measured = functools.partial(measure_case, case, device, updates=args.updates)
+                results.add(stage, case, measure_or_not(measured, ("update",)))
+    print(f"Wrote {output}; benchmarks/estimate_table.py puts it into docs/training.md.")
 
 
-def describe(row: dict) -> str:
-    """One line of the table."""
-    settings = {name: row[name] for name, value in DEFAULTS.items() if row[name] != value}
+def describe(case: Case) -> str:
+    """E.g. `2 B, bf16, nf4, rank 64, 60 s, checkpointing`."""
+    parts = [
+        {"2b": "2 B", "xl": "XL"}.get(case.model, case.model),
+        "bf16" if case.bf16 else "float32",
+        case.quantization if case.quantization != "none" else "",
+        f"rank {case.rank}",
+        "" if case.dropout else "no dropout",
+        f"{case.items} × {case.seconds} s" if case.items > 1 else f"{case.seconds} s",
+        f"{case.accumulation} passes" if case.accumulation > 1 else "",
+        {0.0: "", 1.0: "checkpointing"}.get(
+            case.checkpointing, f"{100 * case.checkpointing:.0f} % of the blocks checkpointed"
+        ),
+        case.optimizer if case.optimizer != "adamw" else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def describe_row(row: dict) -> str:
+    """What was predicted and measured, for a person."""
+    if row.get("out_of_memory"):
+        return "out of memory"
     predicted, measured = sum(row["predicted_bytes"].values()) / 1e6, row["measured_bytes"] / 1e6
-    sizes = f"{predicted:7.0f} of {measured:7.0f} MB = {row['bytes_ratio']:5.3f}"
     times = "".join(
-        f"   {row['predicted_s'][name]:7.3f} of {row['measured_s']:7.3f} s = {ratio:5.2f} ({name})"
+        f", {row['predicted_s'][name]:.3f} of {row['measured_s']:.3f} s = {ratio:.2f} ({name})"
         for name, ratio in row["time_ratio"].items()
     )
-    return f"{row['model']:8}{sizes}{times}  {settings}"
+    return f"{predicted:,.0f} of {measured:,.0f} MB = {row['bytes_ratio']:.3f}{times}"
 
 
-def run_case(case: dict, device: torch.device, rates: dict[str, Gpu], updates: int) -> dict:
+@functools.cache
+def find_rates(device: torch.device, mixed_precision: str) -> dict[str, Gpu]:
+    """Those that this machine is measured to reach, and of a GPU in the table also what is published."""
+    rates = {"this": measure(device, mixed_precision=mixed_precision)}
+    if device.type == "cuda":
+        with contextlib.suppress(UsageError):  # a GPU that is not in the table
+            rates["published"] = find_gpu(torch.cuda.get_device_name(device))
+    return rates
+
+
+def measure_case(case: Case, device: torch.device, *, updates: int) -> list[dict]:
+    """The row of a case, with the rates that its time is predicted from."""
+    rates = find_rates(device, "bf16" if case.bf16 else "no")
+    return [
+        run_case(case, device, rates, updates)
+        | {"rates": {name: vars(gpu) for name, gpu in rates.items()}, "updates_timed": updates}
+    ]
+
+
+def run_case(case: Case, device: torch.device, rates: dict[str, Gpu], updates: int) -> dict:
     """Bytes by part and seconds of one update as predicted (the seconds from each of `rates`), and as measured."""
-    dtype = torch.bfloat16 if case["bf16"] else torch.float32
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
     torch.manual_seed(0)
-    model = random_transformer(case["model"], device=torch.device("cpu"), dtype=dtype)
-    frames = case["seconds"] * 25
-    batch = Batch(case["items"], frames, case["condition_tokens"])
+    model = random_transformer(case.model, device=torch.device("cpu"), dtype=dtype)
+    frames = case.seconds * 25
+    batch = Batch(case.items, frames, case.condition_tokens)
     on_cpu = device.type == "cpu"
     precision = Precision(weight=dtype.itemsize, mask=4 if on_cpu else 1, shared_keys=on_cpu)
     use_masked_attention(model)
-    quantize_base(model, case["quantization"], device=device)
-    parameters = add_lora(model, LoraSettings(r=case["rank"], lora_dropout=case["dropout"]), seed=0)
+    quantize_base(model, case.quantization, device=device)
+    parameters = add_lora(model, LoraSettings(r=case.rank, lora_dropout=case.dropout), seed=0)
     for parameter in parameters:  # the upper matrices start as zeros, and zeros are no input to time
         parameter.detach().normal_(std=0.02)
     with torch.device("meta"):
-        plain = AceStepTransformer1DModel(**transformer_shape(case["model"]))
-    adapter = inspect_adapter(model, dropout=case["dropout"])
-    work = pass_work(plain.config, adapter, batch, precision, base_quantization=case["quantization"],
-                     gradient_checkpointing=case["checkpointing"])  # fmt: skip
-    after = update_bytes(adapter, OPTIMIZERS[case["optimizer"]].state_bytes)
+        plain = AceStepTransformer1DModel(**transformer_shape(case.model))
+    adapter = inspect_adapter(model, dropout=case.dropout)
+    work = pass_work(plain.config, adapter, batch, precision, base_quantization=case.quantization,
+                     gradient_checkpointing=case.checkpointing)  # fmt: skip
+    after = update_bytes(adapter, OPTIMIZERS[case.optimizer].state_bytes)
     predicted_s = {
-        name: case["accumulation"] * pass_seconds(work, gpu, precision) + move_seconds(after, gpu)
+        name: case.accumulation * pass_seconds(work, gpu, precision) + move_seconds(after, gpu)
         for name, gpu in rates.items()
     }
     predicted = predict_update(
@@ -141,15 +211,15 @@ def run_case(case: dict, device: torch.device, rates: dict[str, Gpu], updates: i
         adapter,
         batch,
         precision,
-        base_quantization=case["quantization"],
-        gradient_checkpointing=case["checkpointing"],
-        optimizer=case["optimizer"],
+        base_quantization=case.quantization,
+        gradient_checkpointing=case.checkpointing,
+        optimizer=case.optimizer,
     )
-    if case["checkpointing"]:
-        enable_gradient_checkpointing(model, case["checkpointing"])
+    if case.checkpointing:
+        enable_gradient_checkpointing(model, case.checkpointing)
     model.train().to(device)
     optimizer = build_optimizer(
-        parameters, optimizer=case["optimizer"], learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.999,
+        parameters, optimizer=case.optimizer, learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.999,
         adam_weight_decay=0.01, adam_epsilon=1e-8, fused=device.type == "cuda",
     )  # fmt: skip
     condition_mask = ConditionMask(model)
@@ -158,7 +228,7 @@ def run_case(case: dict, device: torch.device, rates: dict[str, Gpu], updates: i
     null = torch.randn(1, 1, width, device=device, dtype=dtype)
 
     def update() -> None:
-        for _ in range(case["accumulation"]):
+        for _ in range(case.accumulation):
             inputs = {
                 "latents": torch.randn(batch.items, frames, 64, device=device),
                 "noise": torch.randn(batch.items, frames, 64, device=device),
@@ -166,7 +236,7 @@ def run_case(case: dict, device: torch.device, rates: dict[str, Gpu], updates: i
                 "encoder_hidden_states": torch.randn(batch.items, batch.condition_tokens, width, device=device),
                 "dropped": torch.zeros(batch.items, dtype=torch.bool, device=device),
             }
-            with torch.autocast(device.type, dtype, enabled=case["bf16"]):
+            with torch.autocast(device.type, dtype, enabled=case.bf16):
                 loss = squared_error(model, inputs, condition_mask, silence, null)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -224,4 +294,5 @@ def storages(tensor: torch.Tensor) -> list[tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence_errors():
+        main()

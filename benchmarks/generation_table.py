@@ -7,7 +7,6 @@
 What was not run is blank.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,15 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from acestep_pipeline.errors import one_sentence_errors
 from benchmarks.generate import ALL, EIGHT, SUITES, describe
 from benchmarks.generation_ways import Case
-from benchmarks.results_file import RESULTS, read_rows, write_tables
+from benchmarks.pages import README, write_pages
+from benchmarks.results_file import RESULTS, read_rows
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write README.md, or compare it."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--check", action="store_true", help="only say whether README.md is what the results say")
-    args = p.parse_args(argv)
-    write_tables("benchmarks/generation_table.py", tables(), check=args.check)
+    write_pages("benchmarks/generation_table.py", __doc__, {README: tables}, argv)
 
 
 def tables(results: Path = RESULTS) -> str:

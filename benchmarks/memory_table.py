@@ -7,8 +7,6 @@
 What was not run is blank.
 """
 
-import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -16,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline.errors import one_sentence_errors
 from benchmarks.memory import CPU_STAGES, GPU_STAGES, SONGS, SUITES, TARGETS
-from benchmarks.results_file import RESULTS, ROOT, read_rows, write_tables
+from benchmarks.pages import TRAINING_PAGE, write_pages
+from benchmarks.results_file import RESULTS, find, read_rows
 
 NAMES = {
     "c": "2 B, 60 s, not quantised",
@@ -29,10 +28,7 @@ NAMES = {
 
 def main(argv: list[str] | None = None) -> None:
     """Write docs/training.md, or compare it."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--check", action="store_true", help="only say whether docs/training.md is what the results say")
-    args = p.parse_args(argv)
-    write_tables("benchmarks/memory_table.py", tables(), page=ROOT / "docs" / "training.md", check=args.check)
+    write_pages("benchmarks/memory_table.py", __doc__, {TRAINING_PAGE: tables}, argv)
 
 
 def tables(results: Path = RESULTS) -> str:
@@ -49,12 +45,6 @@ def tables(results: Path = RESULTS) -> str:
         cells = [NAMES[name], f"`{target.flags}`", f"{target.limit_gb}", *predicted, *measured]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"- {line}" for line in agreement(rows["cpu"]))])
-
-
-def find(rows: list[dict], stage: str, case) -> dict | None:
-    """The row of a configuration, if it was run."""
-    key = (stage, dataclasses.asdict(case))
-    return next((row for row in rows if (row["stage"], row["case"]) == key), None)
 
 
 def predicted_cells(row: dict | None) -> list[str]:

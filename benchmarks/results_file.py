@@ -1,4 +1,4 @@
-"""Results files: what each row was measured on, and runs that go on where they were cut; tables written of them."""
+"""Results files: what each row was measured on, and runs that go on where they were cut."""
 
 import dataclasses
 import gc
@@ -8,15 +8,12 @@ from pathlib import Path
 
 import torch
 
-from acestep_pipeline.errors import RunError
 from acestep_pipeline.files import write_text
 from acestep_pipeline.hardware import default_device, describe_device
 from acestep_pipeline.training.tracking import environment_facts
 
-RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-END = "<!-- up to here -->"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def origin() -> dict:
@@ -63,6 +60,12 @@ def read_rows(path: Path) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
 
+def find(rows: list[dict], stage: str, case) -> dict | None:
+    """The row of a configuration that is measured in one way, if it was run."""
+    key = (stage, dataclasses.asdict(case))
+    return next((row for row in rows if (row["stage"], row["case"]) == key), None)
+
+
 def measure_or_not(measure: Callable[[], list[dict]], ways: tuple[str, ...]) -> list[dict]:
     """What `measure` returns, or rows that say that memory ran out."""
     try:
@@ -73,21 +76,3 @@ def measure_or_not(measure: Callable[[], list[dict]], ways: tuple[str, ...]) -> 
     if default_device().type == "cuda":
         torch.cuda.empty_cache()
     return rows
-
-
-def write_tables(script: str, text: str, *, page: Path = README, check: bool = False) -> None:
-    """Put `text` between the marks of `script` in a page, or only compare it.
-
-    Raises:
-        RunError: the page has no such marks, or, with `check`, something else between them.
-    """
-    found = page.read_text(encoding="utf-8")
-    before, begin, rest = found.partition(f"<!-- {script} writes this -->")
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise RunError(f"{page.name} has no place for what {script} writes.")
-    wanted = f"{before}{begin}\n{text}\n{end}{after}"
-    if check and found != wanted:
-        raise RunError(f"{page.name} is not what benchmarks/results says: run python {script}.")
-    if not check:
-        write_text(page, wanted)

@@ -35,6 +35,7 @@ PARTS = {
     "generation": Part("generate.py", "generation_table.py"),
     "caching": Part("latent_cache.py", "latent_cache_table.py"),
     "memory": Part("memory.py", "memory_table.py"),
+    "estimate": Part("estimate.py", "estimate_table.py"),
     "scaling": Part("scaling.py", "scaling_page.py", suites=("cpu",)),
 }
 

@@ -7,7 +7,6 @@
 The picture says in its metadata which results it was drawn from.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -17,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline.errors import RunError, one_sentence_errors
-from benchmarks.results_file import ROOT, write_tables
+from benchmarks.pages import write_pages
+from benchmarks.results_file import ROOT
 from benchmarks.scaling import FILE
 
 PAGE, PICTURE = ROOT / "docs" / "scaling.md", ROOT / "docs" / "scaling.png"
@@ -29,13 +29,10 @@ ENCODING_SPEED = 200
 
 def main(argv: list[str] | None = None) -> None:
     """Write page and picture, or compare them."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--check", action="store_true", help="only say whether they are what the results say")
-    args = p.parse_args(argv)
     results = FILE.read_bytes()
-    write_tables(SCRIPT, text(json.loads(results)), page=PAGE, check=args.check)
+    check = write_pages(SCRIPT, __doc__, {PAGE: lambda: text(json.loads(results))}, argv)
     drawn_from = hashlib.sha256(results).hexdigest()
-    if not args.check:
+    if not check:
         draw(json.loads(results), PICTURE, drawn_from=drawn_from)
     elif drawn_from.encode() not in PICTURE.read_bytes():
         raise RunError(f"{PICTURE.name} is not drawn from benchmarks/results: run python {SCRIPT}.")

@@ -8,7 +8,6 @@ docs/training.md; and judges the targets.
 What was not run is blank.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -16,11 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline.errors import one_sentence_errors
-from benchmarks.results_file import RESULTS, ROOT, read_rows, write_tables
+from benchmarks.pages import README, TRAINING_PAGE, write_pages
+from benchmarks.results_file import RESULTS, read_rows
 from benchmarks.training_speed import SUITES, Case, describe
 from benchmarks.training_ways import PADDED_TOKENS
 
-TRAINING_PAGE = ROOT / "docs" / "training.md"
 # Way without it -> the trick, and the test of its equality in `tests/`.
 TRICK_ROWS = {
     "one_by_one": ("all windows of an update in one pass, not one by one", "test_update_division.py"),
@@ -39,11 +38,7 @@ PAGE_HOURS = 5
 
 def main(argv: list[str] | None = None) -> None:
     """Write the pages, or compare them."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--check", action="store_true", help="only say whether the pages are what the results say")
-    args = p.parse_args(argv)
-    write_tables("benchmarks/training_table.py", tables(), check=args.check)
-    write_tables("benchmarks/training_table.py", tricks_table(), page=TRAINING_PAGE, check=args.check)
+    write_pages("benchmarks/training_table.py", __doc__, {README: tables, TRAINING_PAGE: tricks_table}, argv)
 
 
 def tables(results: Path = RESULTS) -> str:

@@ -36,6 +36,12 @@ def test_every_part_has_its_scripts_and_writes_its_tables_after_measuring(suite)
         assert options == ([] if name == "scaling" else ["--suite", suite])
 
 
+def test_all_parts_but_scaling_are_for_gpus_too():
+    parts = {suite: set(run.commands(suite, None, None)) for suite in ("cpu", "gpu")}
+    assert parts["gpu"] == {"training", "generation", "caching", "memory", "estimate"}
+    assert parts["cpu"] - parts["gpu"] == {"scaling"}
+
+
 def test_stages_are_the_trainings_unless_another_part_is_named():
     assert run.commands("gpu", None, ["xl"]) == {
         "training": [["training_speed.py", "--suite", "gpu", "--stages", "xl"], ["training_table.py"]]
