@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import tempfile
 import threading
 from collections import OrderedDict
@@ -39,18 +40,20 @@ class Shard:
         """JSON that tells its rows from any others."""
         return [*self.folder.key(self.name), self.read_as]
 
-    def open(self, stack: contextlib.ExitStack):
-        """Fetch it, and give an `undecoded` dataset of its rows that lies on the disk until the stack is closed.
+    def open(self):
+        """Fetch it, and give an `undecoded` dataset of its rows.
 
-        Raises as `RemoteFolder.fetched`, and `UsageError` for a damaged file.
+        They are on the disk, as files without a name, until the dataset is let go of or this process ends, in whatever
+        way. Raises as `RemoteFolder.fetched`, and `UsageError` for a damaged file.
         """
-        with file_errors(Path(tempfile.gettempdir())):
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ace-step-")))
         load = _load_arrow if self.name.endswith(".arrow") else _load_parquet
-        return undecoded(load(self, scratch, stack), self.address)
+        with file_errors(Path(tempfile.gettempdir())):
+            # A network's file system keeps a file that is in use under another name, in the folder.
+            with tempfile.TemporaryDirectory(prefix="ace-step-", ignore_cleanup_errors=True) as scratch:
+                return undecoded(load(self, Path(scratch)), self.address)
 
 
-def _load_parquet(shard: Shard, scratch: Path, stack: contextlib.ExitStack):
+def _load_parquet(shard: Shard, scratch: Path):
     """What is kept are its rows in Arrow's format, of which any can be read alone; the file goes."""
     from datasets import Dataset, Features
 
@@ -60,15 +63,15 @@ def _load_parquet(shard: Shard, scratch: Path, stack: contextlib.ExitStack):
         return Dataset.from_parquet(str(file), cache_dir=str(scratch), features=features)
 
 
-def _load_arrow(shard: Shard, scratch: Path, stack: contextlib.ExitStack):
+def _load_arrow(shard: Shard, scratch: Path):
     """As the only file of what `Dataset.save_to_disk` wrote."""
     from datasets import load_from_disk
 
-    file = stack.enter_context(shard.folder.fetched(shard.name))
-    state = shard.read_as["state.json"] | {"_data_files": [{"filename": str(file)}]}
-    with file_errors(scratch):
-        for name, content in (shard.read_as | {"state.json": state}).items():
-            (scratch / name).write_text(json.dumps(content), encoding="utf-8")
+    with shard.folder.fetched(shard.name) as file:
+        os.replace(file, scratch / file.name)
+    state = shard.read_as["state.json"] | {"_data_files": [{"filename": file.name}]}
+    for name, content in (shard.read_as | {"state.json": state}).items():
+        (scratch / name).write_text(json.dumps(content), encoding="utf-8")
     with reading(shard.address):
         return load_from_disk(str(scratch))
 
@@ -76,32 +79,29 @@ def _load_arrow(shard: Shard, scratch: Path, stack: contextlib.ExitStack):
 class Shelf:
     """The shards that lie on the disk: the `KEPT_SHARDS` that were read last, of whatever datasets.
 
-    One thread at a time reads or fetches: so none is removed while it is read, and none fetched by two threads.
+    One thread at a time reads or fetches: so none is let go of while it is read, and none fetched by two threads.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._kept: OrderedDict[str, tuple[object, contextlib.ExitStack]] = OrderedDict()
+        self._kept: OrderedDict[str, object] = OrderedDict()
 
     @contextlib.contextmanager
     def reading(self, shard: Shard) -> Iterator:
-        """The rows of a shard, an `undecoded` dataset. Raises as `Shard.open`."""
+        """The rows of a shard, an `undecoded` dataset to be used within the context. Raises as `Shard.open`."""
         key = json.dumps(shard.key())
         with self._lock:
             if key not in self._kept:
                 while len(self._kept) >= KEPT_SHARDS:
-                    self._kept.popitem(last=False)[1][1].close()
-                with contextlib.ExitStack() as stack:
-                    dataset = shard.open(stack)
-                    self._kept[key] = dataset, stack.pop_all()
+                    self._kept.popitem(last=False)
+                self._kept[key] = shard.open()
             self._kept.move_to_end(key)
-            yield self._kept[key][0]
+            yield self._kept[key]
 
     def close(self) -> None:
-        """Remove all of them; those that are read again are fetched again."""
+        """Let go of all of them; those that are read again are fetched again."""
         with self._lock:
-            while self._kept:
-                self._kept.popitem()[1][1].close()
+            self._kept.clear()
 
 
 # This process's.
