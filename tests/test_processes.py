@@ -13,7 +13,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from safetensors.torch import load_file
 
-from acestep_pipeline.training.processes import gather_lists, local_share
+from acestep_pipeline.training.processes import gather_lists, local_place, share
 from tests.training_runs import CONFIGS, ROOT, start
 
 SHORT = {"max_train_steps": 3, "lora_dropout": 0, "max_duration_s": 2, "mixed_precision": "no"}
@@ -44,12 +44,15 @@ def test_every_shipped_configuration_loads_and_says_how_it_is_used():
 
 
 def test_shares_are_disjoint_and_complete(monkeypatch):
-    shares = []
+    assert local_place() == (0, 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    shares = {False: [], True: []}
     for rank in range(3):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        shares += local_share(list(range(10)))
-    assert sorted(shares) == list(range(10))
+        for neighbours, found in shares.items():
+            found.append(share(list(range(10)), *local_place(), neighbours=neighbours))
+    assert shares[False] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+    assert shares[True] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
     assert gather_lists([1, 2]) == [1, 2], "alone, without a process group"
 
 

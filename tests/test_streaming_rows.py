@@ -24,6 +24,7 @@ from tests.test_hub import hub  # noqa: F401 - a fixture
 from tests.test_storage import content
 from tests.test_streaming import fetched, own_cache, put, read, without_audio  # noqa: F401 - two are fixtures
 from tests.test_tracks import write_clip
+from tests.training_runs import start
 
 KINDS = pytest.mark.parametrize("kind", ["parquet", "arrow"])
 FEATURES = Features(
@@ -323,3 +324,23 @@ def test_the_cache_command_streams_a_dataset(tmp_path, s3_folder, capsys, monkey
     with pytest.raises(SystemExit) as ended:
         main([*command, "--train_data_dir", url])
     assert ended.value.code == 0 and "2 tracks" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_fetch_the_shards_of_their_tracks_and_train_the_same_adapter(tmp_path, hub, monkeypatch):  # noqa: F811
+    saved = save(DatasetDict(train=rows_of(tmp_path / "clips", range(8))), tmp_path / "served/saved", "parquet")
+    hub.add("datasets/tester/music", {"main": saved})
+    for name, value in {"ENDPOINT": hub.url, "HUB_DISABLE_XET": "1", "HUB_OFFLINE": "0", "HOME": tmp_path}.items():
+        monkeypatch.setenv(f"HF_{name}", str(value))
+    adapters = []
+    for number, (data, streaming) in enumerate((("hf://datasets/tester/music", True), (saved, False))):
+        run, steps = tmp_path / f"run-{number}", {"max_train_steps": 2, "max_train_samples": None, "max_duration_s": 2}
+        process = start(data, run, config="ddp.yaml", streaming=streaming, latent_cache_dir=run / "latents", **steps)
+        log, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, log
+        adapters.append((run / "pytorch_lora_weights.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+    shards = [name for name in hub.downloads if name.endswith(".parquet")]
+    assert len(set(shards)) == 4 and len(shards) <= 4 + 4 + 1, (
+        "to read all rows once, and to encode; the first for both"
+    )

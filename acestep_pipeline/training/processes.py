@@ -17,9 +17,16 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(days=7)
 
 
-def local_share(items: list) -> list:
-    """This process's part of `items`, divided among the processes of its machine."""
-    return items[int(os.environ.get("LOCAL_RANK", 0)) :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
+def local_place() -> tuple[int, int]:
+    """This process's index on its machine, and the number of processes there."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def share(items: list, index: int, count: int, *, neighbours: bool) -> list:
+    """One of `count` parts of `items`, all as large, within one: of neighbours, or else of every `count`-th item."""
+    if neighbours:
+        return items[len(items) * index // count : len(items) * (index + 1) // count]
+    return items[index::count]
 
 
 def gather_lists(items: list) -> list:

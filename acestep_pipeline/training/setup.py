@@ -21,6 +21,7 @@ from ..data.dataset_summary import summarise_tracks
 from ..data.encoders import fingerprint
 from ..data.held_out import load_train_and_held_out
 from ..data.latent_cache import CachedTrack, LatentCache, prepare_tracks
+from ..data.remote_rows import RemoteRow
 from ..data.text.variants import TextOptions
 from ..data.tracks import (
     Problem,
@@ -40,7 +41,7 @@ from .launch import uses_deepspeed
 from .memory import check_offload_hardware, check_quantization_hardware, enable_gradient_checkpointing
 from .offload import BlockOffloading
 from .parallelism import fsdp_plugin, join_processes
-from .processes import check_same_everywhere, gather_lists, local_share
+from .processes import check_same_everywhere, gather_lists, local_place, share
 
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
@@ -224,9 +225,12 @@ def cache_tracks(
 
     A machine that doesn't share the others' directory then encodes for itself what it lacks of their shares.
     """
+    # Neighbours of a streamed dataset are in one shard, which then few processes fetch; of files long and short ones,
+    # which are often sorted, are spread.
+    neighbours = any(isinstance(track.audio, RemoteRow) for track in tracks)
     own, found = prepare_tracks(
         cache,
-        tracks[accelerator.process_index :: accelerator.num_processes],
+        share(tracks, accelerator.process_index, accelerator.num_processes, neighbours=neighbours),
         max_duration_s=max_duration_s,
         show_progress=accelerator.is_local_main_process,
     )
@@ -236,7 +240,8 @@ def cache_tracks(
     if not by_id:
         reasons = "; ".join(f"{problem.track}: {problem.reason}" for problem in problems if problem.skipped)
         raise UsageError(f"no track can be encoded: {reasons[:2000]}")
-    lacking = [track for track in local_share(tracks) if track.id in by_id and not by_id[track.id].is_here()]
+    here = share(tracks, *local_place(), neighbours=neighbours)
+    lacking = [track for track in here if track.id in by_id and not by_id[track.id].is_here()]
     prepare_tracks(
         cache,
         lacking,
