@@ -130,6 +130,42 @@ def test_other_gradients_are_refused(monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_shape_whose_compiled_pass_does_not_fit_into_memory_is_not_trained_with():
+    """Its gradients were not compared with anything."""
+    model = Model()
+    plain = model.forward
+
+    def limited(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        error = plain(batch)
+        passes.append(batch)
+        if len(passes) > 1:  # the first is of plain blocks
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return error
+
+    passes: list = []
+    model.forward = limited
+    model.compile(model.batch())
+    assert len(passes) == 2 and model.blocks.too_large == [(2, 60, 7)] and not model.blocks.shapes
+    assert model.blocks.describe(25) == "Compiled nothing: memory did not suffice, so all run as they are."
+    torch.compiler.reset()
+    before = compiled_graphs()
+    plain(model.batch()).backward()
+    assert compiled_graphs() == before
+
+
+@pytest.mark.slow
+def test_what_was_compiled_again_stays_counted_when_other_shapes_are_compiled():
+    model = Model()
+    model.compile(model.batch(1))
+    model.transformer.eval()  # which compiled code depends on
+    model.forward(model.batch(1)).backward()
+    model.transformer.train()
+    again = model.blocks.num_recompilations
+    model.compile(model.batch(2))
+    assert model.blocks.num_recompilations == again > 0
+
+
+@pytest.mark.slow
 def test_what_can_not_be_compiled_is_one_sentence():
     model = Model()
 

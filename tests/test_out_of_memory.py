@@ -1,12 +1,17 @@
 """Memory that runs out in the middle of an update: the update is repeated in smaller forward passes."""
 
+import functools
 import json
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from acestep_pipeline.errors import RunError
+from acestep_pipeline.training import setup
+from acestep_pipeline.training.compilation import CompiledBlocks
 from tests.training_runs import ROOT, metrics, start, train_here
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -36,10 +41,10 @@ def small_memory(monkeypatch):
 
     squared_error = train_ace_step_lora.squared_error
 
-    def set_size(windows: int) -> None:
+    def set_size(windows: int | Callable[[], int]) -> None:
         def limited(model, batch, *rest, **named):
             result = squared_error(model, batch, *rest, **named)
-            if len(batch["sigmas"]) > windows:
+            if len(batch["sigmas"]) > (windows() if callable(windows) else windows):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return result
 
@@ -66,6 +71,33 @@ def test_an_update_is_repeated_in_halves_and_a_resumed_run_remembers(
     train_here(demo_dir, again, resume_from_checkpoint=tmp_path / "checkpoint-2", **SETTINGS)
     assert "did not fit" not in capsys.readouterr().out
     assert (again / WEIGHTS).read_bytes() == (output / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+def test_with_compiled_blocks_the_halves_are_compiled_too(
+    demo_dir, tmp_path, unlimited, monkeypatch, small_memory, capsys
+):
+    torch.compiler.reset()
+    monkeypatch.setattr(setup, "CompiledBlocks", functools.partial(CompiledBlocks, backend="aot_eager"))
+    output = tmp_path / "limited"
+    small_memory(lambda: (4, 2, 1, 1)[len(metrics(output))])  # after each update less
+    train_here(demo_dir, output, torch_compile=True, **SETTINGS)
+    printed = capsys.readouterr().out
+    assert re.findall(r"Compiled 1 shapes .* s \((\d) × 4 s with .*: 100% of all", printed) == ["4", "2", "1"]
+    assert printed.count("did not fit into memory; it is repeated, now with at most") == 2
+    assert ", 0 recompilations" in printed
+    check_same_training(output, unlimited)
+
+
+@pytest.mark.slow
+def test_what_never_fitted_is_not_compiled_before_it_is_halved(demo_dir, tmp_path, unlimited, small_memory, capsys):
+    torch.compiler.reset()
+    small_memory(2)
+    train_here(demo_dir, tmp_path / "limited", torch_compile=True, **SETTINGS)
+    printed = capsys.readouterr().out
+    assert "Compiled nothing: memory did not suffice, so all run as they are.\n" in printed
+    assert re.findall(r"Compiled 1 shapes .* s \((\d) × 4 s with .*: 100% of all", printed) == ["2"]
+    check_same_training(tmp_path / "limited", unlimited)
 
 
 def test_one_window_that_does_not_fit_ends_the_run_with_what_helps(demo_dir, tmp_path, small_memory):

@@ -74,7 +74,7 @@ class Compiled:
 
 
 def compiled_graphs() -> int:
-    """How many graphs this process has compiled since `torch.compiler.reset`."""
+    """How many graphs this process has compiled."""
     return counters["stats"]["unique_graphs"]
 
 
@@ -87,10 +87,11 @@ class CompiledBlocks:
 
     def __init__(self, transformer: torch.nn.Module, *, backend: str = "inductor") -> None:
         self.shapes: list[Compiled] = []
+        self.too_large: list[Shape] = []  # what memory did not suffice for; it runs as it is, if it can
         self._signatures: set[tuple[int, ...]] = set()
         self._compiling, self._plain = False, False
         self._num_blocks = len(transformer.layers)
-        self._graphs = 0
+        self._graphs: int | None = None
         options = OPTIONS if backend == "inductor" else None
         for block in transformer.layers:
             compiled = torch.compile(block.forward, backend=backend, options=options, dynamic=False, fullgraph=True)
@@ -106,8 +107,8 @@ class CompiledBlocks:
 
     @property
     def num_recompilations(self) -> int:
-        """Graphs that had to be compiled after `compile`: 0, or something is wrong."""
-        return compiled_graphs() - self._graphs if self.shapes else 0
+        """Graphs that had to be compiled outside of `compile`: 0, or something is wrong."""
+        return 0 if self._graphs is None else compiled_graphs() - self._graphs
 
     def compile_common(self, planner: EpochPlanner, loader: BatchLoader, *, device: torch.device, **options) -> None:
         """`compile` for `common_passes`, with its other arguments."""
@@ -136,21 +137,25 @@ class CompiledBlocks:
         Raises:
             RunError: blocks can't be compiled, or compiled ones compute something else.
         """
-        self.shapes, self._signatures = [], set()
+        self.shapes, self.too_large, self._signatures = [], [], set()
+        again = self.num_recompilations
         limit = 4 * self._num_blocks * MAX_SHAPES
         with torch._dynamo.config.patch(
             recompile_limit=limit, accumulated_recompile_limit=limit * self._num_blocks, optimize_ddp=False
         ):
             for shape, batch, share in passes:
                 found = self._compile_one(batch, forward, parameters, TOLERANCE[precision])
-                if found is not None:
+                if found is None:
+                    self.too_large.append(shape)
+                else:
                     self.shapes.append(Compiled(shape, share, *found))
-        self._graphs = compiled_graphs()
+        self._graphs = compiled_graphs() - again
 
     def _compile_one(
         self, batch: dict, forward: Callable, parameters: list, tolerance: float
     ) -> tuple[float, float] | None:
-        """Seconds and difference; None if memory did not suffice, which training will find, too."""
+        """Seconds and difference; None if memory did not suffice: what was not compared is not trained with."""
+        known = set(self._signatures)
 
         def gradients(*, plain: bool) -> list[torch.Tensor]:
             self._plain, self._compiling = plain, not plain
@@ -172,6 +177,7 @@ class CompiledBlocks:
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
+            self._signatures = known
             return None
         difference = relative_difference(found, expected)
         taken = time.perf_counter() - start
@@ -185,7 +191,8 @@ class CompiledBlocks:
     def describe(self, frames_per_second: float) -> str:
         """What was compiled, for a person."""
         if not self.shapes:
-            return "Compiled nothing: no shape of forward passes is common enough, so all run as they are."
+            reason = "memory did not suffice" if self.too_large else "no shape of forward passes is common enough"
+            return f"Compiled nothing: {reason}, so all run as they are."
         named = ", ".join(
             f"{items} × {frames / frames_per_second:g} s with {tokens} condition tokens"
             for items, frames, tokens in (compiled.shape for compiled in self.shapes)
