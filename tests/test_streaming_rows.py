@@ -10,6 +10,7 @@ import datasets
 import pytest
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 
+from acestep_pipeline import storage
 from acestep_pipeline.cli import main
 from acestep_pipeline.data.building.dataset_files import write_splits
 from acestep_pipeline.data.encoders import Encoders
@@ -131,10 +132,10 @@ def test_the_tracks_of_a_bucket_are_those_of_the_folder(splits, tmp_path, s3_fol
 
 @KINDS
 def test_the_tracks_of_a_repository_are_those_of_the_folder(splits, tmp_path, hub, kind):  # noqa: F811
-    saved = save(splits, tmp_path / "served" / "saved", kind)
+    saved = save(splits, tmp_path / "repository" / "part", kind)
     (saved / "README.md").write_text("# Music\n")
-    hub.add("datasets/tester/music", {"main": saved})
-    address = "hf://datasets/tester/music"
+    hub.add("datasets/tester/music", {"main": tmp_path / "repository"})
+    address = "hf://datasets/tester/music/part"
     streamed, said = read(address, streaming=True)
     local, said_of_folder = read(saved)
     assert without_audio(streamed) == without_audio(local) and said == said_of_folder
@@ -239,6 +240,12 @@ def test_rows_that_refer_to_files_are_read_as_locally(tmp_path, s3_folder, kind)
     assert [track.audio for track in streamed] == [tmp_path / f"clips/clip-{number}.wav" for number in (0, 2)]
 
 
+def test_a_release_is_streamed_by_its_names(splits, tmp_path, s3_folder):
+    storage.push(save(splits, tmp_path / "saved", "arrow"), f"{s3_folder.url}/music", show_progress=False)
+    streamed, _ = read(f"{s3_folder.url}/music", streaming=True, split="test")
+    assert without_audio(streamed) == without_audio(read(tmp_path / "saved", split="test")[0])
+
+
 def test_a_dataset_without_splits_has_the_rows_it_has(splits, tmp_path, s3_folder):
     splits["test"].save_to_disk(tmp_path / "saved", num_shards=2)
     streamed, _ = read(put(tmp_path / "saved", s3_folder), streaming=True)
@@ -264,8 +271,9 @@ def test_held_out_rows_are_streamed_too(splits, tmp_path, s3_folder, kind):
 def test_what_is_missing_or_damaged_is_said_in_one_sentence(splits, tmp_path, s3_folder, kind):
     saved = save(splits, tmp_path / "saved", kind)
     url = put(saved, s3_folder)
-    with pytest.raises(UsageError, match=rf"{s3_folder.name} has no split 'dev' \(it has train, test\)"):
-        read(url, streaming=True, split="dev")
+    for place, streaming in ((url, True), (saved, False)):
+        with pytest.raises(UsageError, match=rf"the dataset {place} has no split 'dev' \(it has train, test\)"):
+            read(place, streaming=streaming, split="dev")
     shard = sorted(name for name in content(saved) if "train" in name and name.endswith((".parquet", ".arrow")))[2]
     whole = content(saved)[shard]
     s3_folder.put({shard: whole[: len(whole) // 2]})
@@ -285,11 +293,13 @@ def test_what_is_missing_or_damaged_is_said_in_one_sentence(splits, tmp_path, s3
 
 def test_what_cannot_be_streamed_is_refused(splits, tmp_path, s3_folder):
     splits["test"].to_parquet(tmp_path / "saved/a.parquet")
+    (tmp_path / "elsewhere.parquet").touch()
     card = tmp_path / "saved/README.md"
     url = f"{s3_folder.url}"
     for settings, reason in (
         ("  data_files: a.parquet\n  columns: [audio, caption]\n", "`columns` or `filters`"),
         ("  data_files: b.parquet\n", "can't be loaded: .*b.parquet"),
+        (f"  data_files: {tmp_path}/elsewhere.parquet\n", "names files elsewhere"),
     ):
         card.write_text(f"---\nconfigs:\n- config_name: default\n{settings}---\n")
         put(tmp_path / "saved", s3_folder)

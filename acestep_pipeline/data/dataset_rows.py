@@ -91,7 +91,7 @@ def disk_records(directory: Path, split: str) -> Records:
         raise UsageError(f"{directory} is a damaged dataset ({cause(error)}); build it again.") from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
-            raise UsageError(f"the dataset {directory} has no split {split!r} (it has {', '.join(dataset)}).")
+            raise no_such_split(str(directory), split, dataset)
         dataset = dataset[split]
     return row_records(undecoded(dataset, str(directory)), str(directory))
 
@@ -103,9 +103,16 @@ def hub_records(name: str, split: str) -> Records:
     try:
         dataset = load_dataset(name, split=split)
     except Exception as error:  # datasets raises many types for a missing or unreachable dataset
+        if (splits := hub_splits(name)) and split not in splits:
+            raise no_such_split(name, split, splits) from error
         what = f"the dataset {name}" if Path(name).is_dir() else f"--dataset_name {name}"
         raise UsageError(f"{what} can't be loaded: {cause(error)}") from error
     return row_records(undecoded(dataset, name), name)
+
+
+def no_such_split(source: str, split: str, splits: Iterable[str]) -> UsageError:
+    """The error that a dataset has other splits."""
+    return UsageError(f"the dataset {source} has no split {split!r} (it has {', '.join(splits)}).")
 
 
 def cause(error: Exception) -> str:

@@ -8,12 +8,11 @@ import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import UsageError
 from ..progress import progress_bar
 from ..storage.remote_folder import RemoteFolder
 from ..storage.s3 import shown
 from .audio import AudioError
-from .dataset_rows import EmbeddedAudio, Records, row_records
+from .dataset_rows import EmbeddedAudio, Records, no_such_split, row_records
 from .remembered import remembered
 from .remote_audio import AudioFacts, read_facts
 from .remote_shards import SHELF, Shard
@@ -55,7 +54,7 @@ def remote_rows(remote: RemoteFolder, split: str, *, show_progress: bool) -> Rec
     splits = find_splits(remote)
     found = splits.get(split) or splits.get("")
     if found is None:
-        raise UsageError(f"the dataset {shown(remote.place)} has no split {split!r} (it has {', '.join(splits)}).")
+        raise no_such_split(shown(remote.place), split, splits)
     shards, rows = found(), []
     with progress_bar(total=len(shards), desc="Reading shards", unit="shard", disable=not show_progress) as bar:
         for shard in shards:

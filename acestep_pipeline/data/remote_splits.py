@@ -106,10 +106,12 @@ def _ask_datasets(remote: RemoteFolder) -> tuple[dict[str, list[str]], dict | No
                 f"{address} is read by `datasets` as {builder.name}, or with `columns` or `filters` of its README.md, "
                 "which can't be streamed; leave --streaming out."
             )
-        found = {str(split): list(map(str, names)) for split, names in config.data_files.items()}
-        if not all(Path(name).is_relative_to(folder) for names in found.values() for name in names):
+        files = {
+            str(split): [str(name).removeprefix(f"{folder.as_posix()}/") for name in names]
+            for split, names in config.data_files.items()
+        }
+        if not all(name in remote.files for names in files.values() for name in names):
             raise UsageError(f"the README.md of {address} names files elsewhere; leave --streaming out.")
-        files = {s: [Path(name).relative_to(folder).as_posix() for name in names] for s, names in found.items()}
         return files, builder.info.features and builder.info.features.to_dict()
 
 
