@@ -68,7 +68,7 @@ def prepend_timbre_special_token(condition_encoder: torch.nn.Module) -> None:
 class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
     """`diffusers.AceStepPipeline` plus the original checkpoint layout, tiled audio coding and XL's timbre token.
 
-    `adapter_switching` has the methods that choose adapters. Everything else (`__call__`, `disable_lora`,
+    `adapters.switching` has the methods that choose adapters. Everything else (`__call__`, `disable_lora`,
     `unload_lora_weights`, …) is diffusers'.
     """
 
@@ -196,7 +196,7 @@ class ACEStepPipeline(AdapterSwitching, AceStepPipeline):
         low_cpu_mem_usage: bool = True,
         **where,
     ) -> None:
-        """Load an adapter of any format (`adapter_formats`), with the strength that it was trained with.
+        """Load an adapter of any format (`adapters.formats`), with the strength that it was trained with.
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder, a Hub id, `s3://bucket/folder`, or a state dict.

@@ -41,7 +41,7 @@ class AdapterLibrary:
         """List the adapters.
 
         Args:
-            root: see `adapter_shelves.list_adapters`.
+            root: see `shelves.list_adapters`.
             pipeline: where adapters are loaded; without one they can be listed and fetched.
             max_resident: how many of them the pipeline holds at the same time; the one that was not used for longest
                 makes room for the next.
