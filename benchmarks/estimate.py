@@ -45,7 +45,7 @@ from acestep_pipeline.training.optimization import build_optimizer
 from acestep_pipeline.training.optimizers import OPTIMIZERS
 from benchmarks.random_models import SIZES, condition_width, random_transformer, transformer_shape
 from benchmarks.results_file import RESULTS, Results, measure_or_not
-from benchmarks.suites import check_stages, choose_suite
+from benchmarks.suites import check_stages, choose_suite, suite_parser
 from train_ace_step_lora import squared_error
 
 
@@ -101,15 +101,10 @@ SUITES = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--suite", choices=tuple(SUITES), help="which cases (unset: by whether there is a GPU)")
-    p.add_argument("--stages", nargs="+", metavar="STAGE",
-                   help="of small, full_size (unset: both on a GPU, small on a CPU)")  # fmt: skip
+    p = suite_parser(__doc__, "estimate", SUITES, unset="both on a GPU, small on a CPU")
     p.add_argument("--model", choices=SIZES, help="this model instead of those of the suite")
     p.add_argument("--max_seconds", type=int, help="windows of at most this, instead of those of the suite")
     p.add_argument("--updates", type=int, default=7, help="updates timed of each case (default: %(default)s)")
-    p.add_argument("--output", type=Path, help="results file (unset: benchmarks/results/estimate_SUITE.json)")
-    p.add_argument("--overwrite", action="store_true", help="measure again what the file has")
     return p.parse_args(argv)
 
 

@@ -32,7 +32,7 @@ from acestep_pipeline.errors import UsageError, one_sentence_errors
 from benchmarks.generation_ways import WAYS, Bench, Case, compiled_graphs
 from benchmarks.random_models import SIZES
 from benchmarks.results_file import RESULTS, Results, measure_or_not
-from benchmarks.suites import check_stages, choose_suite
+from benchmarks.suites import check_stages, choose_suite, suite_parser
 from benchmarks.training_measure import spread
 from benchmarks.training_ways import synchronize
 
@@ -62,16 +62,11 @@ WARM_UP, SPLIT_GENERATIONS = 2, 3
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--suite", choices=tuple(SUITES), help="which configurations (unset: by whether there is a GPU)")
-    names = "; ".join(f"{suite}: {', '.join(stages)}" for suite, stages in SUITES.items())
-    p.add_argument("--stages", nargs="+", metavar="STAGE", help=f"{names} (unset: all)")
+    p = suite_parser(__doc__, "generate", SUITES)
     p.add_argument("--size", choices=SIZES, help="this model instead of those of the suite")
     p.add_argument("--max_seconds", type=int, help="tracks of at most this, instead of those of the suite")
     p.add_argument("--max_steps", type=int, help="at most so many steps, instead of those of the suite")
     p.add_argument("--generations", type=int, default=20, help="timed, of each way (default: %(default)s)")
-    p.add_argument("--output", type=Path, help="results file (unset: benchmarks/results/generate_SUITE.json)")
-    p.add_argument("--overwrite", action="store_true", help="measure again what the file has")
     return p.parse_args(argv)
 
 

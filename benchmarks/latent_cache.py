@@ -50,7 +50,7 @@ from acestep_pipeline.progress import quiet_loading
 from acestep_pipeline.tiny_checkpoint import tiny_checkpoint_path
 from benchmarks.random_models import random_module
 from benchmarks.results_file import RESULTS, Results, measure_or_not
-from benchmarks.suites import choose_suite
+from benchmarks.suites import choose_suite, suite_parser
 from benchmarks.training_measure import spread
 from benchmarks.training_ways import synchronize
 
@@ -269,14 +269,11 @@ def describe_row(row: dict) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--suite", choices=tuple(SUITES), help="which configuration (unset: by whether there is a GPU)")
+    p = suite_parser(__doc__, "latent_cache", SUITES)
     p.add_argument("--model", choices=("tiny", *SHAPES), help="VAE and text encoders, instead of the suite's")
     p.add_argument("--tracks", type=int, help="how many files, instead of the suite's")
     p.add_argument("--seconds", type=int, help="length of each, instead of the suite's")
     p.add_argument("--rounds", type=int, help="how often each way encodes all of them, instead of the suite's")
-    p.add_argument("--output", type=Path, help="results file (unset: benchmarks/results/latent_cache_SUITE.json)")
-    p.add_argument("--overwrite", action="store_true", help="measure again what the file has")
     return p.parse_args(argv)
 
 

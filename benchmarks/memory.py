@@ -40,7 +40,7 @@ from acestep_pipeline.training.arguments import parse_args as parse_training_arg
 from benchmarks.memory_accounting import account_tiles, account_update, predict_on_cpu
 from benchmarks.memory_peaks import Training, measure_training, write_checkpoint
 from benchmarks.results_file import RESULTS, Results
-from benchmarks.suites import check_stages, choose_suite
+from benchmarks.suites import check_stages, choose_suite, suite_parser
 
 FRAMES_PER_SECOND = 25
 # For songs of a minute: two updates of four windows; a song of ten minutes has more.
@@ -145,14 +145,9 @@ def describe_row(row: dict) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--suite", choices=tuple(SUITES), help="what is measured (unset: by whether there is a GPU)")
-    names = "; ".join(f"{suite}: {', '.join(stages)}" for suite, stages in SUITES.items())
-    p.add_argument("--stages", nargs="+", metavar="STAGE", help=f"{names} (unset: all)")
+    p = suite_parser(__doc__, "memory", SUITES)
     p.add_argument("--model", choices=("tiny", *SHAPES), help="train this model instead of those of the suite")
     p.add_argument("--max_seconds", type=int, help="songs of at most this, instead of those of the suite")
-    p.add_argument("--output", type=Path, help="results file (unset: benchmarks/results/memory_SUITE.json)")
-    p.add_argument("--overwrite", action="store_true", help="measure again what the file has")
     return p.parse_args(argv)
 
 

@@ -1,9 +1,29 @@
 """Which configurations a benchmark with a suite for CPUs and one for GPUs runs."""
 
-from collections.abc import Collection, Sequence
+import argparse
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.hardware import default_device
+
+
+def suite_parser(about: str, results: str, suites: Mapping, *, unset: str = "all") -> argparse.ArgumentParser:
+    """The command line of a benchmark whose help is `about`, but for flags of its own.
+
+    Args:
+        results: the results file's name, without `_cpu.json`.
+        suites: by their names; of those that have stages, a mapping of these.
+        unset: which stages run where none are named.
+    """
+    p = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--suite", choices=tuple(suites), help="what is measured (unset: by whether there is a GPU)")
+    if all(isinstance(stages, Mapping) for stages in suites.values()):
+        names = "; ".join(f"{suite}: {', '.join(stages)}" for suite, stages in suites.items())
+        p.add_argument("--stages", nargs="+", metavar="STAGE", help=f"{names} (unset: {unset})")
+    p.add_argument("--output", type=Path, help=f"results file (unset: benchmarks/results/{results}_SUITE.json)")
+    p.add_argument("--overwrite", action="store_true", help="measure again what the file has")
+    return p
 
 
 def choose_suite(asked: str | None, *, rehearsed: bool, rehearsal: str) -> str:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from acestep_pipeline.errors import UsageError, one_sentence_errors
 from benchmarks.random_models import SIZES
 from benchmarks.results_file import RESULTS, Results, measure_or_not
-from benchmarks.suites import check_stages, choose_suite
+from benchmarks.suites import check_stages, choose_suite, suite_parser
 from benchmarks.training_measure import measure
 from benchmarks.training_ways import Case
 
@@ -57,15 +57,10 @@ SUITES = {"cpu": CPU_STAGES, "gpu": GPU_STAGES}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--suite", choices=tuple(SUITES), help="which configurations (unset: by whether there is a GPU)")
-    names = "; ".join(f"{suite}: {', '.join(stages)}" for suite, stages in SUITES.items())
-    p.add_argument("--stages", nargs="+", metavar="STAGE", help=f"{names} (unset: all)")
+    p = suite_parser(__doc__, "training_speed", SUITES)
     p.add_argument("--size", choices=SIZES, help="this model instead of those of the suite")
     p.add_argument("--max_seconds", type=int, help="windows of at most this, instead of those of the suite")
     p.add_argument("--updates", type=int, default=24, help="timed updates of each way (default: %(default)s)")
-    p.add_argument("--output", type=Path, help="results file (unset: benchmarks/results/training_speed_SUITE.json)")
-    p.add_argument("--overwrite", action="store_true", help="measure again what the file has")
     return p.parse_args(argv)
 
 
