@@ -29,7 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline.errors import UsageError, one_sentence_errors
-from benchmarks.generation_ways import WAYS, Bench, Case, compiled_graphs
+from acestep_pipeline.training.compilation import compiled_graphs
+from benchmarks.generation_ways import WAYS, Bench, Case
 from benchmarks.random_models import SIZES
 from benchmarks.results_file import RESULTS, Results, measure_or_not
 from benchmarks.suites import check_stages, choose_suite, suite_parser

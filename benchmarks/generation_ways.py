@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from diffusers import AceStepPipeline, AutoencoderOobleck
 from diffusers.pipelines.ace_step import AceStepConditionEncoder
-from torch._dynamo.utils import counters
 
 from acestep_pipeline import ACEStepPipeline
 from acestep_pipeline.adapters.settings import LoraSettings
@@ -22,6 +21,7 @@ from acestep_pipeline.estimation.model_shapes import SHAPES
 from acestep_pipeline.hardware import default_device
 from acestep_pipeline.progress import quiet_loading
 from acestep_pipeline.tiny_checkpoint import tiny_checkpoint_path
+from acestep_pipeline.training.compilation import compiled_graphs
 from benchmarks.random_models import condition_width, random_module, transformer_shape
 
 NAMES = ("jazz", "lofi", "metal", "waltz")
@@ -178,8 +178,3 @@ class Bench:
         pipeline.set_adapters(NAMES[0], 0.5)
         self.generate(way, decoded=False)
         return compiled_graphs() - before
-
-
-def compiled_graphs() -> int:
-    """How many graphs this process has compiled since `torch.compiler.reset`."""
-    return counters["stats"]["unique_graphs"]
