@@ -160,8 +160,8 @@ def update_flops(bench: Bench) -> tuple[float, float]:
 
 
 def spread(values: list[float], digits: int = 2) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    """Median and quartiles, within the values that there are."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": round(median, digits), "q1": round(low, digits), "q3": round(high, digits)}
 
 
