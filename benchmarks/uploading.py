@@ -26,12 +26,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from acestep_pipeline import ACEStepPipeline
+from acestep_pipeline.errors import RunError, UsageError, one_sentence_errors
+from acestep_pipeline.files import write_text
 from acestep_pipeline.progress import progress_bar
 from acestep_pipeline.training.manifest import seal
 from acestep_pipeline.training.uploading import Uploads
+from benchmarks.pages import write_tables
+from benchmarks.results_file import ROOT
 from benchmarks.training_measure import spread
 from tests.s3_server import S3Folder, running_s3_server
 
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "uploading.json", ROOT / "docs" / "storage.md"
 UPDATES_A_TURN = 10
 
 
@@ -93,16 +98,44 @@ def measure(transformer: torch.nn.Module, uploads: Uploads) -> list[tuple[float,
 
 
 def main() -> None:
-    """Measure, and print what came out."""
+    """Measure, and write the results file and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoints", type=int, default=8, help="one after the other (default: %(default)s)")
+    parser.add_argument("--checkpoints", type=int, default=16, help="one after the other (default: %(default)s)")
     parser.add_argument("--megabytes", type=int, default=512, help="of each (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="results file (unset: none)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results file (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="only say whether the page is what the results say")
     args = parser.parse_args()
+    if not args.check:
+        result = measure_all(args.checkpoints, args.megabytes)
+        print(json.dumps(result, indent=1))
+        write_text(args.output, json.dumps(result, indent=1) + "\n")
+    if args.output == RESULTS:
+        result = json.loads(RESULTS.read_text(encoding="utf-8"))
+        write_tables("benchmarks/uploading.py", sentence(result), page=PAGE, check=args.check)
+
+
+def sentence(result: dict) -> str:
+    """What it comes to, for the page."""
+    return (
+        "Updates that take {update_ms_without[median]:.0f} ms take {ratio[median]:.3f} times that meanwhile "
+        "(95 % interval of the median of {pairs} pairs of turns: {low:.3f}–{high:.3f}; `benchmarks/uploading.py`), "
+        "and to hand over a checkpoint of {megabytes} MB takes {add_checkpoint_ms:.1f} ms."
+    ).format(**result, **result["ratio_interval"])
+
+
+def median_interval(values: list[float]) -> dict[str, float]:
+    """A 95 % interval of the median, by order statistics (the binomial's normal approximation)."""
+    ranked, reach = sorted(values), round(0.98 * len(values) ** 0.5)
+    middle = len(values) // 2
+    return {"low": round(ranked[middle - reach], 4), "high": round(ranked[middle + reach], 4)}
+
+
+def measure_all(checkpoints: int, megabytes: int) -> dict:
+    """All of it, as the results file has it."""
     torch.set_num_threads(1)
     own, *others = sorted(os.sched_getaffinity(0))
     if not others:
-        raise SystemExit("error: it needs two cores, one of them for the updates alone.")
+        raise UsageError("it needs two cores, one of them for the updates alone.")
     transformer = ACEStepPipeline.from_pretrained("tiny").transformer.train()
     pairs, added_ms = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -110,9 +143,9 @@ def main() -> None:
         with running_s3_server(Path(folder)) as server:
             os.environ.update(server.environment)
             url = S3Folder(server).url
-            for number in progress_bar(iterable=range(args.checkpoints), desc="Checkpoints", unit="checkpoint"):
+            for number in progress_bar(iterable=range(checkpoints), desc="Checkpoints", unit="checkpoint"):
                 run = Path(folder, f"run-{number}")
-                made = checkpoint(run, number, args.megabytes * 10**6)
+                made = checkpoint(run, number, megabytes * 10**6)
                 uploads = Uploads(f"{url}/{number}", run)
                 begun = time.perf_counter()
                 uploads.add_checkpoint(made)
@@ -121,20 +154,20 @@ def main() -> None:
                 pairs += measure(transformer, uploads)
                 os.sched_setaffinity(0, others)
                 if failed := uploads.finish(120):
-                    raise SystemExit(f"error: {failed}")
-    result = {
+                    raise RunError(failed)
+    ratios = [with_it / without for with_it, without in pairs]
+    return {
         "update_ms_without": spread([without for _, without in pairs]),
-        "ratio": spread([with_it / without for with_it, without in pairs], digits=4),
+        "ratio": spread(ratios, digits=4),
+        "ratio_interval": median_interval(ratios),
         "pairs": len(pairs),
-        "checkpoints": args.checkpoints,
-        "megabytes": args.megabytes,
+        "checkpoints": checkpoints,
+        "megabytes": megabytes,
         "add_checkpoint_ms": round(statistics.median(added_ms), 1),
         "cores": len(others) + 1,
     }
-    print(json.dumps(result, indent=1))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence_errors():
+        main()

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,8 @@ def test_stages_are_the_trainings_unless_another_part_is_named():
 def test_a_part_that_is_not_known_is_one_sentence():
     with pytest.raises(UsageError, match="BENCH is any of training, .* on a CPU, not dancing"):
         run.commands("cpu", ["dancing"], None)
+
+
+@pytest.mark.parametrize("script", ("storage.py", "uploading.py"))
+def test_the_page_says_what_was_measured(script):
+    subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--check"], check=True)

@@ -28,6 +28,9 @@ _LEDGER = ".parts"
 # How often what arrives damaged is fetched, and a request whose answer breaks off is made.
 _ATTEMPTS, _REQUESTS = 3, 5
 _BLOCK_BYTES, _LIMITED_BLOCK_BYTES = 1 << 20, 1 << 16
+# Of a file more at a time would have Linux (6.18, ext4) take pages in long rows, which a virtual machine's host may
+# first have to give: writing 1 GB then took 1.7 s instead of 0.2 s.
+_WRITE_BYTES = 1 << 16
 
 
 def fetch(client: Any, bucket: str, file: RemoteFile, path: Path, *, workers: Workers, count: ByteCount) -> str | None:
@@ -67,12 +70,12 @@ def _fetch_whole(
     for attempt in range(_REQUESTS):
         arrived = 0
         try:
-            with path.open("wb") as sink:
+            with path.open("wb", buffering=0) as sink:
                 answer = _ask(client, bucket, file, (0, file.size), count, direct=direct and not attempt)
                 digest = hashlib.new("sha256" if answer.sha256 else "md5", usedforsecurity=False)
                 for block in answer.blocks:
                     digest.update(block)
-                    sink.write(block)
+                    _write_at(sink.fileno(), block, arrived)
                     arrived += len(block)
                     count(len(block))
             break
@@ -167,7 +170,7 @@ def _ask(
 def _write_at(descriptor: int, block: bytes, offset: int) -> None:
     view = memoryview(block)
     while view:
-        written = os.pwrite(descriptor, view, offset)
+        written = os.pwrite(descriptor, view[:_WRITE_BYTES], offset)
         view, offset = view[written:], offset + written
 
 
