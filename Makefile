@@ -64,11 +64,14 @@ test-gpu: setup
 # RunPod's, AWS's and Modal's own packages (260 MB); SkyPilot (530 MB), whose pins are its own, beside them.
 $(VENV)/.serverless: requirements-serverless.txt $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check --quiet --requirement requirements-serverless.txt
-	@test -x $(SKYPILOT)/bin/python || $(PYTHON) -m venv $(SKYPILOT)
+	@touch $@
+
+$(SKYPILOT)/.installed:
+	$(PYTHON) -m venv $(SKYPILOT)
 	$(SKYPILOT)/bin/pip install --disable-pip-version-check --quiet 'skypilot[lambda,runpod]==0.14.1'
 	@touch $@
 
-serverless-test: $(VENV)/.serverless
+serverless-test: $(VENV)/.serverless $(SKYPILOT)/.installed
 	SKYPILOT_PYTHON=$(abspath $(SKYPILOT)/bin/python) $(BIN)/python -m pytest -m vendors
 
 # Results and tables are left in benchmarks/results, README.md and docs. A run that was cut goes on where it was.
