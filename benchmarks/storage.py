@@ -5,8 +5,9 @@
 
 A large file and 100 of 50 KB are pushed to a new prefix and pulled into a new folder, and 1,000 files of 5 KB that are
 there already are synced again. Each round runs all of the commands, in another order each time, with their default
-settings, and `storage.sync()` in a process that has its imports; what they left is compared with what was sent. Medians of the rounds go into docs/storage.md, by the
-clock and of the command's own CPU time (not the server's, which has the same cores here).
+settings, and `storage.sync()` in a process that has its imports; what they left is compared with what was sent.
+Medians of the rounds go into docs/storage.md, by the clock and of the command's own CPU time (not the server's, which
+has the same cores here).
 """
 
 import argparse
