@@ -26,6 +26,7 @@ from acestep_pipeline.training.manifest import seal
 from acestep_pipeline.training.remote_checkpoints import fetch_checkpoint
 from acestep_pipeline.training.run_directory import STATE_NAME, find_checkpoint
 from acestep_pipeline.training.uploading import Uploads, open_uploads
+from tests.loopback import listening
 from tests.s3_server import SECRET_KEY, S3Server
 from tests.test_interruption import PYTHON, TORCHRUN, wait_for
 from tests.test_storage import content
@@ -82,19 +83,11 @@ def gate(server: S3Server, may_pass: Callable[[], bool | None]) -> Iterator[str]
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):  # the listener is closed
-                while True:
-                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
+    with listening(serve) as port:
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield f"http://127.0.0.1:{port}"
         finally:
             over.set()
-            listener.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
