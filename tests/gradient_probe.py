@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 import train_ace_step_lora
-from acestep_pipeline.training import setup
+from acestep_pipeline.training import base_model
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def watched_gradients():
     The adapter starts from random values: with its usual zeros in B, A would have no gradient.
     """
     gradients = []
-    add_lora, clip = setup.add_lora, Accelerator.clip_grad_norm_
+    add_lora, clip = base_model.add_lora, Accelerator.clip_grad_norm_
 
     def add_random_lora(*args, **kwargs):
         parameters = add_lora(*args, **kwargs)
@@ -37,7 +37,7 @@ def watched_gradients():
         return clip(accelerator, parameters, *args, **kwargs)
 
     with (
-        mock.patch.object(setup, "add_lora", add_random_lora),
+        mock.patch.object(base_model, "add_lora", add_random_lora),
         mock.patch.object(Accelerator, "clip_grad_norm_", watch),
     ):
         yield gradients

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from acestep_pipeline.data.encoders import fingerprint
 from acestep_pipeline.errors import UsageError
-from acestep_pipeline.training import setup
+from acestep_pipeline.training import base_model, setup
 from tests.test_adapters import velocity
 from tests.training_runs import train_here
 
@@ -60,7 +60,7 @@ def run(request, demo_dir, tmp_path_factory):
         config.write_text(json.dumps(flags["lora_config"]))
         flags["lora_config"] = config
     seen: dict = {}
-    add_lora, prepare_inputs = setup.add_lora, setup.prepare_inputs
+    add_lora, prepare_inputs = base_model.add_lora, setup.prepare_inputs
 
     def add(transformer, *args, **kwargs):
         seen["base"] = fingerprint(transformer)
@@ -73,7 +73,7 @@ def run(request, demo_dir, tmp_path_factory):
         return seen["inputs"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "add_lora", add)
+        patch.setattr(base_model, "add_lora", add)
         patch.setattr(setup, "prepare_inputs", prepare)
         train_here(demo_dir, output, **flags)
     seen["inputs"].condition_mask.set(None)

@@ -20,7 +20,7 @@ from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.masked_attention import use_masked_attention
 from acestep_pipeline.prompt_fields import PromptFields
 from acestep_pipeline.quantization import quantize_base
-from acestep_pipeline.training import arguments, compilation, setup
+from acestep_pipeline.training import arguments, base_model, compilation
 from acestep_pipeline.training.argument_checks import check_args
 from acestep_pipeline.training.compilation import (
     CompiledBlocks,
@@ -202,7 +202,7 @@ def test_inductor_is_right_on_this_gpu(dtype, tolerance, ratio):
 def aot_eager(monkeypatch):
     """Graphs that are traced and differentiated as ever, and run as they are: nothing to wait for."""
     torch.compiler.reset()
-    monkeypatch.setattr(setup, "CompiledBlocks", functools.partial(CompiledBlocks, backend="aot_eager"))
+    monkeypatch.setattr(base_model, "CompiledBlocks", functools.partial(CompiledBlocks, backend="aot_eager"))
 
 
 @pytest.mark.slow

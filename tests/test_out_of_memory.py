@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from acestep_pipeline.errors import RunError
-from acestep_pipeline.training import setup
+from acestep_pipeline.training import base_model
 from acestep_pipeline.training.compilation import CompiledBlocks
 from tests.training_runs import ROOT, metrics, start, train_here
 
@@ -78,7 +78,7 @@ def test_with_compiled_blocks_the_halves_are_compiled_too(
     demo_dir, tmp_path, unlimited, monkeypatch, small_memory, capsys
 ):
     torch.compiler.reset()
-    monkeypatch.setattr(setup, "CompiledBlocks", functools.partial(CompiledBlocks, backend="aot_eager"))
+    monkeypatch.setattr(base_model, "CompiledBlocks", functools.partial(CompiledBlocks, backend="aot_eager"))
     output = tmp_path / "limited"
     small_memory(lambda: (4, 2, 1, 1)[len(metrics(output))])  # after each update less
     train_here(demo_dir, output, torch_compile=True, **SETTINGS)

@@ -8,7 +8,7 @@ from acestep_pipeline import ACEStepPipeline
 from acestep_pipeline.adapters.trainable import LoraSettings, add_lora
 from acestep_pipeline.data.encoders import fingerprint
 from acestep_pipeline.quantization import BYTES_PER_LAYER, block_linears, quantize_base
-from acestep_pipeline.training import setup
+from acestep_pipeline.training import base_model, setup
 from tests.training_runs import metrics, start, train_here
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -128,13 +128,13 @@ def test_an_adapter_on_it_starts_as_nothing_and_gets_gradients(method, use_dora,
 def test_training_on_nf4_learns_and_leaves_base_and_caches_alone(demo_dir, tmp_path, monkeypatch):
     """The loss falls as on the original base; the adapter loads on that; caches and fingerprint are the same."""
     watched = []
-    original = setup.add_lora
+    original = base_model.add_lora
 
     def watch(transformer, *args, **kwargs):
         watched.append((transformer, fingerprint(transformer)))
         return original(transformer, *args, **kwargs)
 
-    monkeypatch.setattr(setup, "add_lora", watch)
+    monkeypatch.setattr(base_model, "add_lora", watch)
     settings = {"max_train_samples": 1, "learning_rate": 5e-3, "rank": 16, "lora_alpha": 32, "lora_dropout": 0.05}
     cache = tmp_path / "cache"
     train_here(demo_dir, tmp_path / "plain", max_train_steps=1, latent_cache_dir=cache, **settings)

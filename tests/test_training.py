@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from acestep_pipeline.data import batching, held_out
 from acestep_pipeline.data.encoders import fingerprint
 from acestep_pipeline.data.tracks import find_audio_files
-from acestep_pipeline.training import setup
+from acestep_pipeline.training import base_model, setup
 from tests.training_runs import ROOT, metrics, start, train_here
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -29,7 +29,7 @@ def short_run(demo_dir, tmp_path_factory):
     """A run of six updates with samples, its output directory, and the transformer it trained."""
     output = tmp_path_factory.mktemp("short-run") / "adapter"
     watched = []
-    original = setup.add_lora
+    original = base_model.add_lora
 
     def watch(transformer, *args, **kwargs):
         watched.append((transformer, fingerprint(transformer)))
@@ -38,7 +38,7 @@ def short_run(demo_dir, tmp_path_factory):
         return parameters
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "add_lora", watch)
+        patch.setattr(base_model, "add_lora", watch)
         train_here(
             demo_dir,
             output,
@@ -280,8 +280,10 @@ def test_bf16_trains_and_is_heard(demo_dir, tmp_path, monkeypatch):
     """The path that GPUs take: frozen weights in bf16, float32 adapters, autocast; forced here, where it is slow."""
     monkeypatch.setattr(setup, "bf16_is_fast", lambda device: True)
     watched = []
-    original = setup.add_lora
-    monkeypatch.setattr(setup, "add_lora", lambda model, *a, **k: watched.append(model) or original(model, *a, **k))
+    original = base_model.add_lora
+    monkeypatch.setattr(
+        base_model, "add_lora", lambda model, *a, **k: watched.append(model) or original(model, *a, **k)
+    )
     for name, checkpointing in (("plain", False), ("checkpointed", True)):
         train_here(demo_dir, tmp_path / name, max_train_steps=2, max_train_samples=2, lora_dropout=0,
                    mixed_precision="bf16", gradient_checkpointing=checkpointing,

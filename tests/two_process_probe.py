@@ -16,11 +16,11 @@ import train_ace_step_lora
 from acestep_pipeline import flow_matching
 from acestep_pipeline.adapters.trainable import lora_state_dict
 from acestep_pipeline.data import batching, latent_cache
-from acestep_pipeline.training import parallelism, setup
+from acestep_pipeline.training import base_model, parallelism, setup
 
 rank = os.environ.get("RANK", "0")
 noises, adapters, encoded, written, held = [], [], [], [], {}
-interpolate, add_lora, find_latents = flow_matching.interpolate, setup.add_lora, latent_cache.LatentCache._latents
+interpolate, add_lora, find_latents = flow_matching.interpolate, base_model.add_lora, latent_cache.LatentCache._latents
 choose_parallelism, draw = parallelism.choose_parallelism, batching.BatchLoader._draw
 
 
@@ -89,7 +89,7 @@ def watch_files(output_dir: Path):
 
 
 if __name__ == "__main__":
-    flow_matching.interpolate, setup.add_lora = watch_noise, watch_adapter
+    flow_matching.interpolate, base_model.add_lora = watch_noise, watch_adapter
     latent_cache.LatentCache._latents, parallelism.choose_parallelism = watch_encoding, watch_parallelism
     if os.environ.get("FORCE_BF16"):
         setup.bf16_is_fast = lambda device: True

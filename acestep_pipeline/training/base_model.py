@@ -1,17 +1,39 @@
-"""The model that trains: the DiT alone, and the encoders, which are loaded only for what the latent cache lacks."""
+"""The model that trains: the DiT alone, with an adapter, and blocks that compute as the flags have it; and the
+encoders, which are loaded only for what the latent cache lacks."""
 
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import AceStepTransformer1DModel
 from safetensors import SafetensorError
 
+from ..adapters.settings import LoraSettings
+from ..adapters.trainable import add_lora
 from ..checkpoint_conversion import OriginalCheckpoint, load_dit_components
 from ..checkpoint_source import open_checkpoint
 from ..data.encoders import Encoders
 from ..errors import UsageError
+from ..masked_attention import use_masked_attention
 from ..pipeline import ACEStepPipeline
 from ..progress import quiet_loading
+from ..quantization import leave_base_out_of_ddp, quantize_base
+from .compilation import CompiledBlocks, check_compile_hardware
+from .memory import check_offload_hardware, check_quantization_hardware, enable_gradient_checkpointing
+from .offload import BlockOffloading
+
+
+def check_hardware(accelerator: Accelerator, *, base_quantization: str, offload: bool, torch_compile: bool) -> None:
+    """Raise `UsageError` if what these flags ask for can't run on the accelerator's device, or where its processes
+    divide the weights among them."""
+    device = accelerator.device
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    check_quantization_hardware(base_quantization, device, sharded=sharded)
+    if offload:
+        check_offload_hardware(device, sharded=sharded)
+    if torch_compile:
+        check_compile_hardware(device, sharded=sharded)
 
 
 def load_base(
@@ -61,6 +83,59 @@ def load_transformer(files: Path | OriginalCheckpoint, dtype: torch.dtype) -> Ac
         except (OSError, ValueError, SafetensorError) as error:
             what = " ".join(str(error).split())[:300]
             raise UsageError(f"the checkpoint in {files} can't be loaded: {what}") from error
+
+
+def add_adapter(
+    transformer: AceStepTransformer1DModel,
+    lora: LoraSettings,
+    *,
+    base_quantization: str,
+    offload: bool,
+    device: torch.device,
+    seed: int,
+) -> list[torch.nn.Parameter]:
+    """Quantise the DiT if so asked, and put an adapter on it, all that trains from here on.
+
+    Args:
+        transformer: the DiT, on the CPU.
+        lora: the adapter's settings.
+        base_quantization: the flag.
+        offload: whether `set_up_blocks` will keep the base in the host's memory.
+        device: where the base is quantised.
+        seed: of the adapter's first values.
+
+    Returns:
+        The adapter's parameters.
+
+    Raises:
+        UsageError: a target is not in this DiT, or the base can't be quantised so.
+    """
+    use_masked_attention(transformer)
+    quantize_base(transformer, base_quantization, device=device)
+    parameters = add_lora(transformer, lora, seed=seed)
+    if base_quantization != "none" or offload:
+        leave_base_out_of_ddp(transformer)
+    return parameters
+
+
+def set_up_blocks(
+    accelerator: Accelerator,
+    transformer: AceStepTransformer1DModel,
+    *,
+    torch_compile: bool,
+    gradient_checkpointing: float,
+    offload: bool,
+) -> CompiledBlocks | None:
+    """Let the blocks compute as the flags have it: compiled, a share of them a second time instead of keeping what
+    they computed, their base fetched from the host's memory. Returns what is compiled, with `torch_compile`."""
+    compiled = CompiledBlocks(transformer) if torch_compile else None
+    if gradient_checkpointing:
+        enable_gradient_checkpointing(transformer, gradient_checkpointing)
+    if offload:
+        BlockOffloading(transformer, accelerator.device)
+        if accelerator.device.type == "cpu":
+            accelerator.print("warning: --offload saves nothing on a CPU, whose memory the base lies in anyway.")
+    return compiled
 
 
 def is_turbo(transformer: AceStepTransformer1DModel) -> bool:

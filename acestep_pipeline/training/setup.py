@@ -6,16 +6,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-    parse_flag_from_env,
-    release_memory,
-)
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env, release_memory
 
 from ..adapters.settings import LoraSettings, describe
-from ..adapters.trainable import add_lora
 from ..condition_mask import ConditionMask
 from ..data.dataset_summary import summarise_tracks
 from ..data.encoders import fingerprint
@@ -33,13 +26,9 @@ from ..data.tracks import (
 )
 from ..errors import UsageError
 from ..hardware import bf16_is_fast, default_device
-from ..masked_attention import use_masked_attention
-from ..quantization import leave_base_out_of_ddp, quantize_base
-from .base_model import is_turbo, load_base
-from .compilation import CompiledBlocks, check_compile_hardware
+from .base_model import add_adapter, check_hardware, is_turbo, load_base, set_up_blocks
+from .compilation import CompiledBlocks
 from .launch import uses_deepspeed
-from .memory import check_offload_hardware, check_quantization_hardware, enable_gradient_checkpointing
-from .offload import BlockOffloading
 from .parallelism import fsdp_plugin, join_processes
 from .processes import check_same_everywhere, gather_lists, local_place, share
 
@@ -142,12 +131,7 @@ def prepare_inputs(
             can't be quantised so here.
     """
     device, weight_dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    check_quantization_hardware(base_quantization, device, sharded=sharded)
-    if offload:
-        check_offload_hardware(device, sharded=sharded)
-    if torch_compile:
-        check_compile_hardware(device, sharded=sharded)
+    check_hardware(accelerator, base_quantization=base_quantization, offload=offload, torch_compile=torch_compile)
     tracks, held_out, problems = load_train_and_held_out(
         train_data_dir,
         dataset_name=dataset_name,
@@ -165,33 +149,26 @@ def prepare_inputs(
     transformer, encoders = load_base(
         checkpoint, latent_cache_dir=latent_cache_dir, weight_dtype=weight_dtype, device=device
     )
-    facts = {
-        "model_sha256": fingerprint(transformer),
-        "dataset_sha256": dataset_fingerprint(tracks),
-        "lora": describe(lora),
-    }
-    if triggers := count_triggers(tracks, text):
-        facts["trigger_words"] = triggers
+    facts = _identify_run(transformer, tracks, text, lora)
     same = {"the model": facts["model_sha256"], "the training data": facts["dataset_sha256"]}
     check_same_everywhere(same | {"the held-out tracks": dataset_fingerprint(held_out)})
-    use_masked_attention(transformer)
-    quantize_base(transformer, base_quantization, device=device)
     # Before the cache is filled, so that a wrong target fails early.
-    lora_parameters = add_lora(transformer, lora, seed=seed)
-    if base_quantization != "none" or offload:
-        leave_base_out_of_ddp(transformer)
+    lora_parameters = add_adapter(
+        transformer, lora, base_quantization=base_quantization, offload=offload, device=device, seed=seed
+    )
     cache = LatentCache(latent_cache_dir, encoders, text)
     cached, cached_held_out = (
         cache_tracks(accelerator, cache, chosen, max_duration_s=max_duration_s, strict=strict) if chosen else []
         for chosen in (tracks, held_out)
     )
-    compiled = CompiledBlocks(transformer) if torch_compile else None
-    if gradient_checkpointing:
-        enable_gradient_checkpointing(transformer, gradient_checkpointing)
-    if offload:
-        BlockOffloading(transformer, device)
-        if device.type == "cpu":
-            accelerator.print("warning: --offload saves nothing on a CPU, whose memory the base lies in anyway.")
+    compiled = set_up_blocks(
+        accelerator,
+        transformer,
+        torch_compile=torch_compile,
+        gradient_checkpointing=gradient_checkpointing,
+        offload=offload,
+    )
+    trained_on = {entry.id for entry in cached}
     inputs = TrainingInputs(
         transformer=transformer.train(),
         condition_mask=ConditionMask(transformer),
@@ -205,12 +182,24 @@ def prepare_inputs(
         is_turbo=is_turbo(transformer),
         encoders_used=encoders.are_loaded,
         facts=facts,
-        dataset=summarise_tracks([track for track in tracks if track.id in {entry.id for entry in cached}]),
+        dataset=summarise_tracks([track for track in tracks if track.id in trained_on]),
     )
     # The VAE, the text encoder and the condition encoder, if they were needed, have done their work.
     del cache, encoders
     release_memory()
     return inputs
+
+
+def _identify_run(transformer: torch.nn.Module, tracks: list[Track], text: TextOptions, lora: LoraSettings) -> dict:
+    """Hashes of the plain model and of the data, the adapter's settings, and the trigger words, if there are any."""
+    facts = {
+        "model_sha256": fingerprint(transformer),
+        "dataset_sha256": dataset_fingerprint(tracks),
+        "lora": describe(lora),
+    }
+    if triggers := count_triggers(tracks, text):
+        facts["trigger_words"] = triggers
+    return facts
 
 
 def cache_tracks(
