@@ -21,8 +21,10 @@ from acestep_pipeline.storage.publishing import find_release, publish, read_hist
 from acestep_pipeline.storage.release_pull import pull_release
 from acestep_pipeline.storage.s3_listing import list_names
 from acestep_pipeline.storage.stores import open_store
+from acestep_pipeline.training.arguments import parse_args
 from acestep_pipeline.training.destination import check_destination
 from acestep_pipeline.training.manifest import seal
+from acestep_pipeline.training.preflight import check_run
 from acestep_pipeline.training.remote_checkpoints import fetch_checkpoint
 from acestep_pipeline.training.run_directory import STATE_NAME, find_checkpoint
 from acestep_pipeline.training.uploading import Uploads, open_uploads
@@ -126,9 +128,7 @@ def published(address: str) -> list[str]:
 
 def check(data: Path, output: Path | str, **changes):
     """What the script does before it loads anything."""
-    import train_ace_step_lora
-
-    return train_ace_step_lora.check(train_ace_step_lora.arguments.parse_args(flags(data, output, **changes)))
+    return check_run(parse_args(flags(data, output, **changes)))
 
 
 def fake_checkpoint(output: Path, update: int, text: str = "state") -> Path:

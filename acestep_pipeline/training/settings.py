@@ -55,6 +55,16 @@ def lora_settings(args: argparse.Namespace) -> LoraSettings:
     )
 
 
+def flags(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The flags of these names, for a function whose arguments are called the same."""
+    return {name: getattr(args, name) for name in names}
+
+
+def checkpoint_source(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `ACEStepPipeline.from_pretrained` that name the base model."""
+    return flags(args, "pretrained_model_name_or_path", "variant_dir", "revision", "cache_dir")
+
+
 def text_options(args: argparse.Namespace) -> TextOptions:
     """In which words tracks are told; raises `UsageError` for values that can't work."""
     trigger_word = normalise_tags(args.trigger_word or "")
@@ -222,7 +232,7 @@ def draw_settings(args: argparse.Namespace, *, items_per_update: int):
 def resume_settings(args: argparse.Namespace, *, held_out: list[str]) -> dict:
     """What must be the same when a run is resumed, `held_out` being the names of its held-out tracks. A run under a
     constant rate may be made longer."""
-    settings = {name: getattr(args, name) for name in RESUME_SETTINGS}
+    settings = flags(args, *RESUME_SETTINGS)
     if held_out:
         names = (
             "num_validation_draws",
@@ -231,7 +241,7 @@ def resume_settings(args: argparse.Namespace, *, held_out: list[str]) -> dict:
             "validation_epochs",
             "early_stopping_patience",
         )
-        settings |= {"held_out": held_out, **{name: getattr(args, name) for name in names}}
+        settings |= {"held_out": held_out, **flags(args, *names)}
     if args.lr_scheduler.startswith("constant"):
         settings["num_updates"] = None
     if args.torch_compile:  # checkpoints from before there was such a flag are of runs without it
