@@ -227,10 +227,7 @@ def build_learner(
 
 
 def build_validator(
-    args: argparse.Namespace,
-    inputs: TrainingInputs,
-    planner: EpochPlanner,
-    learner: Learner,
+    args: argparse.Namespace, inputs: TrainingInputs, planner: EpochPlanner, learner: Learner
 ) -> Validator:
     """What measures the loss on held-out tracks."""
     from acestep_pipeline.training.validation_loss import LossMeter
@@ -408,70 +405,6 @@ def loop(
     return done, stop
 
 
-def compile_passes(inputs: TrainingInputs, planner: EpochPlanner, learner: Learner, loader: BatchLoader) -> None:
-    """Compile the blocks for the lengths that are to come, each compared with the plain blocks first."""
-    from acestep_pipeline.training.setup import WEIGHT_DTYPES
-
-    accelerator = learner.accelerator
-    with accelerator.no_sync(learner.model):
-        inputs.compiled.compile_common(
-            planner,
-            loader,
-            forward=functools.partial(error_of(inputs), learner.model),
-            parameters=learner.parameters,
-            precision=WEIGHT_DTYPES[accelerator.mixed_precision],
-            device=accelerator.device,
-        )
-    accelerator.print(inputs.compiled.describe(inputs.frames_per_second))
-
-
-def error_of(inputs: TrainingInputs) -> Callable[[torch.nn.Module, dict], torch.Tensor]:
-    """`squared_error` of a model and a batch, with all else that it takes."""
-    return functools.partial(
-        squared_error,
-        condition_mask=inputs.condition_mask,
-        silence_latent=inputs.silence_latent,
-        null_condition_emb=inputs.null_condition_emb,
-    )
-
-
-def squared_error(model, batch: dict, condition_mask, silence_latent, null_condition_emb):
-    """One forward pass: mix noise in, predict the velocity, and sum the (weighted) squared errors of every element.
-
-    The precision is that of `null_condition_emb`, which is the frozen model's.
-    """
-    from acestep_pipeline.conditioning import context_latents, drop_conditions
-    from acestep_pipeline.flow_matching import interpolate, squared_error_sum, velocity_target
-
-    dtype = null_condition_emb.dtype
-    # The timestep that the model sees, in its precision, is the one that the latents are mixed with.
-    sigmas = batch["sigmas"].to(dtype)
-    noisy_latents = interpolate(batch["latents"], batch["noise"], sigmas.float())
-    context = context_latents(silence_latent, noisy_latents.shape[1]).expand(len(noisy_latents), -1, -1)
-    conditions = drop_conditions(batch["encoder_hidden_states"].to(dtype), null_condition_emb, batch["dropped"])
-    condition_mask.set(batch.get("condition_mask"))
-    velocity = model(
-        hidden_states=noisy_latents.to(dtype),
-        timestep=sigmas,
-        timestep_r=sigmas,
-        encoder_hidden_states=conditions,
-        context_latents=context.to(dtype),
-        return_dict=False,
-    )[0]
-    return squared_error_sum(velocity, velocity_target(batch["latents"], batch["noise"]), batch.get("loss_weights"))
-
-
-def observe(validator: Validator, previewer: Previewer, learner: Learner, *, update: int, num_updates: int) -> None:
-    """Measure and listen to the adapter where that is due after so many updates; before the first, as it was made."""
-    as_used = learner.averaged if update else contextlib.nullcontext
-    if validator.is_due(update, num_updates):
-        with as_used():
-            validator.validate(learner.transformer, update=update)
-    if previewer.is_due(update):
-        with as_used():
-            previewer.write(learner.transformer, update=update)
-
-
 def accumulate_gradients(
     args: argparse.Namespace,
     inputs: TrainingInputs,
@@ -517,12 +450,72 @@ def accumulate_gradients(
     return torch.stack([update_loss, update_loss.new_tensor(not fits)]), losses
 
 
+def squared_error(model, batch: dict, condition_mask, silence_latent, null_condition_emb):
+    """One forward pass: mix noise in, predict the velocity, and sum the (weighted) squared errors of every element.
+
+    The precision is that of `null_condition_emb`, which is the frozen model's.
+    """
+    from acestep_pipeline.conditioning import context_latents, drop_conditions
+    from acestep_pipeline.flow_matching import interpolate, squared_error_sum, velocity_target
+
+    dtype = null_condition_emb.dtype
+    # The timestep that the model sees, in its precision, is the one that the latents are mixed with.
+    sigmas = batch["sigmas"].to(dtype)
+    noisy_latents = interpolate(batch["latents"], batch["noise"], sigmas.float())
+    context = context_latents(silence_latent, noisy_latents.shape[1]).expand(len(noisy_latents), -1, -1)
+    conditions = drop_conditions(batch["encoder_hidden_states"].to(dtype), null_condition_emb, batch["dropped"])
+    condition_mask.set(batch.get("condition_mask"))
+    velocity = model(
+        hidden_states=noisy_latents.to(dtype),
+        timestep=sigmas,
+        timestep_r=sigmas,
+        encoder_hidden_states=conditions,
+        context_latents=context.to(dtype),
+        return_dict=False,
+    )[0]
+    return squared_error_sum(velocity, velocity_target(batch["latents"], batch["noise"]), batch.get("loss_weights"))
+
+
+def error_of(inputs: TrainingInputs) -> Callable[[torch.nn.Module, dict], torch.Tensor]:
+    """`squared_error` of a model and a batch, with all else that it takes."""
+    return functools.partial(
+        squared_error,
+        condition_mask=inputs.condition_mask,
+        silence_latent=inputs.silence_latent,
+        null_condition_emb=inputs.null_condition_emb,
+    )
+
+
+def compile_passes(inputs: TrainingInputs, planner: EpochPlanner, learner: Learner, loader: BatchLoader) -> None:
+    """Compile the blocks for the lengths that are to come, each compared with the plain blocks first."""
+    from acestep_pipeline.training.setup import WEIGHT_DTYPES
+
+    accelerator = learner.accelerator
+    with accelerator.no_sync(learner.model):
+        inputs.compiled.compile_common(
+            planner,
+            loader,
+            forward=functools.partial(error_of(inputs), learner.model),
+            parameters=learner.parameters,
+            precision=WEIGHT_DTYPES[accelerator.mixed_precision],
+            device=accelerator.device,
+        )
+    accelerator.print(inputs.compiled.describe(inputs.frames_per_second))
+
+
+def observe(validator: Validator, previewer: Previewer, learner: Learner, *, update: int, num_updates: int) -> None:
+    """Measure and listen to the adapter where that is due after so many updates; before the first, as it was made."""
+    as_used = learner.averaged if update else contextlib.nullcontext
+    if validator.is_due(update, num_updates):
+        with as_used():
+            validator.validate(learner.transformer, update=update)
+    if previewer.is_due(update):
+        with as_used():
+            previewer.write(learner.transformer, update=update)
+
+
 def save(
-    args: argparse.Namespace,
-    inputs: TrainingInputs,
-    planner: EpochPlanner,
-    learner: Learner,
-    validator: Validator,
+    args: argparse.Namespace, inputs: TrainingInputs, planner: EpochPlanner, learner: Learner, validator: Validator
 ) -> Measured:
     """Write the adapter, and measure what it does to the loss; call it on every process."""
     from acestep_pipeline.adapters.trainable import save_lora
