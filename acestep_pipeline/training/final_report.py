@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import EvalResult
 
 from ..adapters.formats.write import comfyui_name, export
 from ..checkpoint_source import open_checkpoint
@@ -15,11 +16,10 @@ from ..data.latent_cache import CachedTrack
 from ..files import write_text
 from ..model_card import BaseModel, CardFacts, describe_base, held_out_results, write_model_card
 from ..paths import COMFYUI_DIR, LORA_WEIGHTS_NAME, PEFT_DIR
-from ..pipeline import ACEStepPipeline
 from ..plots import plot_loss
 from ..prompt_fields import PromptFields
 from ..version import __version__
-from .comparison import Measured
+from .comparison import Comparison, Measured
 from .effect import Verdict, judge
 from .effect_report import draw_update_norms, effect_lines, effect_record, effect_section
 from .run_directory import (
@@ -36,7 +36,7 @@ from .style_clips import measure_style
 from .style_distance import StyleDistance
 from .tracking import read_metrics
 from .update_norms import relative_norm
-from .validation import write_samples
+from .validation import load_pipeline, write_samples
 
 
 def write_final_report(
@@ -83,12 +83,9 @@ def write_final_report(
         export(output_dir, name=name, base_model=str(checkpoint["pretrained_model_name_or_path"]))
     samples, style = [], None
     if prompts or style_clips:
-        pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype)
-        pipeline.load_lora_weights(output_dir, strict=False)  # a run of one update may not have changed anything yet
-        if one_by_one and device.type != "cpu":
-            pipeline.enable_model_cpu_offload(device=device)
-        else:
-            pipeline.to(device)
+        pipeline = load_pipeline(
+            checkpoint, output_dir, device=device, weight_dtype=weight_dtype, one_by_one=one_by_one
+        )
         sampling = {"num_inference_steps": num_inference_steps, "seed": seed}
         with naming_failed_writes(output_dir, SAMPLES_DIR):
             samples = write_samples(pipeline, prompts, **sampling, directory=output_dir / SAMPLES_DIR)
@@ -97,8 +94,6 @@ def write_final_report(
     written = read_metrics(output_dir / METRICS_NAME)
     metrics = [line for line in written if line["loss"] is not None]
     verdict = _write_effect(output_dir, metrics, measured, style, updates=written[-1]["update"])
-    model = checkpoint["pretrained_model_name_or_path"]
-    held_out = measured.held_out
     facts = CardFacts(
         **about | {"rows": [*about["rows"], ("effect", verdict.headline)]},
         name=name,
@@ -111,34 +106,18 @@ def write_final_report(
         duration_s=duration_s,
         num_inference_steps=num_inference_steps,
         comfyui_name=comfyui_name(name),
-        results=() if held_out is None else held_out_results(
-            dataset_name=about["dataset_name"],
-            dataset_id=about["dataset_id"],
-            loss_with=held_out.loss_with,
-            loss_without=held_out.loss_without,
-        ),
-    )  # fmt: skip
+        results=_held_out_results(measured.held_out, about),
+    )
     with naming_failed_writes(output_dir, CARD_NAME):
         write_model_card(output_dir / CARD_NAME, facts)
-    tenth = max(1, len(metrics) // 10)
-    start, end = (sum(line["loss"] for line in lines) / tenth for lines in (metrics[:tenth], metrics[-tenth:]))
-    flags = f"--pretrained_model_name_or_path {shlex.quote(str(model))}"
-    flags += f" --variant_dir {checkpoint['variant_dir']}" if checkpoint.get("variant_dir") else ""
-    lines = [
-        f"Mean loss of the first tenth of the updates {start:.4f}, of the last tenth {end:.4f}.",
-        *effect_lines(measured, verdict, style),
-        f"  adapter        {output_dir / LORA_WEIGHTS_NAME}",
-        f"  other formats  {output_dir / PEFT_DIR}, {output_dir / COMFYUI_DIR / comfyui_name(name)}",
-    ]
-    for sample in samples:
-        lines.append(f"  with adapter   {output_dir / sample['with_adapter']}")
-        lines.append(f"  without        {output_dir / sample['without_adapter']}")
-    lines += [
-        f"  model card     {output_dir / CARD_NAME}",
-        f"Next: {_command()} generate {flags} --adapter {shlex.quote(str(output_dir))} "
-        f"--prompt {shlex.quote(example_prompt)} --output out.wav",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            _describe_loss(metrics),
+            *effect_lines(measured, verdict, style),
+            *_describe_files(output_dir, name, samples),
+            f"Next: {_generate_command(checkpoint, output_dir, example_prompt)}",
+        ]
+    )
 
 
 def _describe_base(checkpoint: dict) -> BaseModel:
@@ -147,6 +126,17 @@ def _describe_base(checkpoint: dict) -> BaseModel:
         variant_dir=checkpoint.get("variant_dir"),
         revision=checkpoint.get("revision"),
         is_original=open_checkpoint(**checkpoint).is_original,
+    )
+
+
+def _held_out_results(held_out: Comparison | None, about: dict) -> tuple[EvalResult, ...]:
+    if held_out is None:
+        return ()
+    return held_out_results(
+        dataset_name=about["dataset_name"],
+        dataset_id=about["dataset_id"],
+        loss_with=held_out.loss_with,
+        loss_without=held_out.loss_without,
     )
 
 
@@ -165,6 +155,34 @@ def _write_effect(
     with naming_failed_writes(output_dir, EFFECT_NAME):
         write_text(output_dir / EFFECT_NAME, json.dumps(record, indent=1) + "\n")
     return verdict
+
+
+def _describe_loss(metrics: list[dict]) -> str:
+    tenth = max(1, len(metrics) // 10)
+    start, end = (sum(line["loss"] for line in lines) / tenth for lines in (metrics[:tenth], metrics[-tenth:]))
+    return f"Mean loss of the first tenth of the updates {start:.4f}, of the last tenth {end:.4f}."
+
+
+def _describe_files(output_dir: Path, name: str, samples: list[dict[str, str]]) -> list[str]:
+    """Where everything is."""
+    lines = [
+        f"  adapter        {output_dir / LORA_WEIGHTS_NAME}",
+        f"  other formats  {output_dir / PEFT_DIR}, {output_dir / COMFYUI_DIR / comfyui_name(name)}",
+    ]
+    for sample in samples:
+        lines.append(f"  with adapter   {output_dir / sample['with_adapter']}")
+        lines.append(f"  without        {output_dir / sample['without_adapter']}")
+    return [*lines, f"  model card     {output_dir / CARD_NAME}"]
+
+
+def _generate_command(checkpoint: dict, output_dir: Path, prompt: str) -> str:
+    """What generates with the adapter from here on."""
+    flags = f"--pretrained_model_name_or_path {shlex.quote(str(checkpoint['pretrained_model_name_or_path']))}"
+    flags += f" --variant_dir {checkpoint['variant_dir']}" if checkpoint.get("variant_dir") else ""
+    return (
+        f"{_command()} generate {flags} --adapter {shlex.quote(str(output_dir))} "
+        f"--prompt {shlex.quote(prompt)} --output out.wav"
+    )
 
 
 def _command() -> str:

@@ -15,10 +15,10 @@ from ..adapters.trainable import save_lora
 from ..data.audio import write_audio
 from ..generation import SamplingSettings, generate
 from ..paths import LORA_WEIGHTS_NAME
-from ..pipeline import ACEStepPipeline
 from ..progress import quiet_loading
 from ..prompt_fields import PromptFields
 from .run_directory import PARTIAL_PREFIX, PREVIEW_PREFIX, SAMPLES_DIR, naming_failed_writes
+from .validation import load_pipeline
 
 
 @contextlib.contextmanager
@@ -82,7 +82,15 @@ class Previewer:
             partial.mkdir(parents=True)
             if update:  # before the first one an adapter changes nothing
                 save_lora(transformer, partial)
-            pipeline = self._load(partial if update else None)
+            with quiet_loading():
+                pipeline = load_pipeline(
+                    self.checkpoint,
+                    partial if update else None,
+                    device=self.device,
+                    weight_dtype=self.weight_dtype,
+                    one_by_one=self.one_by_one,
+                )
+            pipeline.set_progress_bar_config(disable=True)
             (partial / LORA_WEIGHTS_NAME).unlink(missing_ok=True)
             for index, fields in enumerate(self.prompts):
                 sampling = SamplingSettings(num_inference_steps=self.num_inference_steps, seed=self.seed + index)
@@ -92,14 +100,3 @@ class Previewer:
             os.replace(partial, finished)
             del pipeline
             clear_device_cache(garbage_collection=True)
-
-    def _load(self, adapter: Path | None) -> ACEStepPipeline:
-        with quiet_loading():
-            pipeline = ACEStepPipeline.from_pretrained(**self.checkpoint, torch_dtype=self.weight_dtype)
-            if adapter is not None:
-                pipeline.load_lora_weights(adapter, strict=False)  # few updates may not have changed every layer
-        pipeline.set_progress_bar_config(disable=True)
-        if self.one_by_one and self.device.type != "cpu":
-            pipeline.enable_model_cpu_offload(device=self.device)
-            return pipeline
-        return pipeline.to(self.device)

@@ -3,11 +3,34 @@
 import dataclasses
 from pathlib import Path
 
+import torch
+
 from ..data.text.languages import LANGUAGES, UNKNOWN
 from ..generation import SamplingSettings, write_comparison
 from ..pipeline import ACEStepPipeline
 from ..progress import progress_bar
 from ..prompt_fields import PromptFields
+
+
+def load_pipeline(
+    checkpoint: dict, adapter: Path | None, *, device: torch.device, weight_dtype: torch.dtype, one_by_one: bool
+) -> ACEStepPipeline:
+    """A pipeline that is ready to generate.
+
+    Args:
+        checkpoint: arguments of `ACEStepPipeline.from_pretrained` that name the base model.
+        adapter: the folder of an adapter to load; None for the base model alone.
+        device, weight_dtype: where and in what precision to generate.
+        one_by_one: whether its models take turns on the device; on a CPU this makes no difference.
+    """
+    pipeline = ACEStepPipeline.from_pretrained(**checkpoint, torch_dtype=weight_dtype)
+    if adapter is not None:
+        pipeline.load_lora_weights(adapter, strict=False)  # few updates may not have changed every layer
+    if one_by_one and device.type != "cpu":
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    return pipeline
 
 
 def choose_prompts(
