@@ -132,7 +132,8 @@ def _command(commands, name: str, description: str, run) -> argparse.ArgumentPar
 
 def _cache(args: argparse.Namespace) -> int:
     from .data.latent_cache import LatentCache, prepare_tracks
-    from .data.tracks import describe_problems, doubts_about_text, load_tracks, locate
+    from .data.track_sources import locate
+    from .data.tracks import describe_problems, doubts_about_text, load_tracks
     from .training.settings import check_streaming, text_options
 
     text = text_options(args)

@@ -17,7 +17,8 @@ from acestep_pipeline.data.encoders import Encoders
 from acestep_pipeline.data.held_out import load_train_and_held_out
 from acestep_pipeline.data.latent_cache import DECODING_THREADS, LatentCache, prepare_tracks
 from acestep_pipeline.data.remote_shards import SHELF
-from acestep_pipeline.data.tracks import dataset_fingerprint, load_tracks, locate
+from acestep_pipeline.data.track_sources import locate
+from acestep_pipeline.data.tracks import dataset_fingerprint, load_tracks
 from acestep_pipeline.engines import map_in_order
 from acestep_pipeline.errors import RunError, UsageError
 from acestep_pipeline.storage import remote_folder

@@ -9,7 +9,8 @@ from ..storage.remote_folder import RemoteFolder
 from .building.splits import choose_holdout
 from .dataset_rows import are_dataset, disk_splits, hub_splits
 from .remote_rows import remote_splits
-from .tracks import Problem, Track, load_tracks, locate
+from .track_sources import locate
+from .tracks import Problem, Track, load_tracks
 
 HELD_OUT_SPLIT = "test"
 

@@ -5,7 +5,6 @@ Where the text is looked for, and which source is believed first, is in `sidecar
 
 import hashlib
 import json
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -14,21 +13,17 @@ from pathlib import Path, PurePosixPath
 from ..engines import map_in_order
 from ..errors import UsageError
 from ..progress import progress_bar
-from ..storage.copies import local_copy
-from ..storage.remote_folder import RemoteFolder, can_stream, open_remote_folder
+from ..storage.remote_folder import RemoteFolder
 from .audio import AUDIO_SUFFIXES, AudioError
-from .dataset_rows import EmbeddedAudio, are_dataset, disk_records, hub_records, is_dataset
-from .folder_records import FolderRecords, local_records, remote_records
+from .dataset_rows import EmbeddedAudio
 from .remote_audio import AudioFacts, RemoteAudio, read_facts, remote_facts
-from .remote_rows import RemoteRow, remote_rows
+from .remote_rows import RemoteRow
 from .text.fields import fill_missing
 from .text.folder_listing import list_folder
 from .text.normalisation import normalise_rights, normalise_tags, normalise_text
 from .text.text_files import one_line
 from .text.variants import TextOptions, describe_wordings
-
-# Hashing and probing wait for the disk and release the interpreter's lock.
-MAX_READERS = 4
+from .track_sources import open_source
 
 
 @dataclass(frozen=True)
@@ -106,17 +101,6 @@ class _Examined:
     refusal: str = ""
 
 
-def locate(place: str | Path, *, streaming: bool, show_progress: bool = True) -> Path | RemoteFolder:
-    """Where data is read: the folder itself; of an address a copy in the cache, which is brought up to date, or with
-    `streaming` the address, of which `MAX_READERS` files are fetched at a time.
-
-    Raises as `local_copy` and `open_remote_folder`.
-    """
-    if streaming and can_stream(place):
-        return open_remote_folder(str(place), num_workers=MAX_READERS)
-    return local_copy(str(place), show_progress=show_progress).expanduser()
-
-
 def load_tracks(
     train_data_dir: str | Path | RemoteFolder | None = None,
     *,
@@ -134,8 +118,8 @@ def load_tracks(
     Args:
         train_data_dir: a folder of audio with sidecars, a directory written by `Dataset.save_to_disk`, or one of
             Parquet files; of an `s3://bucket/prefix` or `hf://datasets/user/name` the copy in the cache is brought up
-            to date and read. Of a `RemoteFolder` (`locate`) text alone is fetched, and audio (`RemoteAudio`,
-            `RemoteRow`) when it is read; the tracks are the same.
+            to date and read. Of a `RemoteFolder` (`track_sources.locate`) text alone is fetched, and audio
+            (`RemoteAudio`, `RemoteRow`) when it is read; the tracks are the same.
         dataset_name: instead of the folder, a Hub id or anything `datasets.load_dataset` takes.
         split: which rows of a dataset; a folder of audio, and a dataset on disk without splits, have no others.
         min_duration_s: shorter tracks are skipped.
@@ -152,44 +136,23 @@ def load_tracks(
         UsageError: there is no such folder, or no track in it is usable.
         RunError: a file that is streamed changed meanwhile, or the connection broke.
     """
-    source = dataset_name or train_data_dir
-    if dataset_name is None and not isinstance(source, RemoteFolder):
-        source = locate(train_data_dir, streaming=False, show_progress=show_progress)
-    name = source.place if isinstance(source, RemoteFolder) else str(source)
-    problems: list[Problem] = []
-    folder: FolderRecords | None = None
-    num_readers = 1  # a dataset's rows are read from one file
-    if dataset_name is not None:
-        total, read_record = hub_records(dataset_name, split)
-    elif isinstance(source, RemoteFolder):
-        if are_dataset(source.files):
-            total, read_record = remote_rows(source, split, show_progress=show_progress)
-        else:
-            folder, num_readers = remote_records(source), MAX_READERS
-    elif not source.is_dir():
-        raise UsageError(f"{source} is not a folder; name one that holds audio.")
-    elif is_dataset(source):
-        total, read_record = disk_records(source, split)
-    else:
-        folder, num_readers = local_records(source), min(MAX_READERS, os.cpu_count() or 1)
-    if folder is not None:
-        total, read_record = folder.total, folder.read_record
-        problems = [Problem(name, reason, skipped=True) for name, reason in folder.unreadable]
-        problems += [Problem(name, warning, skipped=False) for name, warning in folder.warnings]
-    order = list(range(total))
+    source = open_source(train_data_dir, dataset_name=dataset_name, split=split, show_progress=show_progress)
+    problems = [Problem(name, reason, skipped=True) for name, reason in source.unreadable]
+    problems += [Problem(name, warning, skipped=False) for name, warning in source.warnings]
+    order = list(range(source.total))
     if max_train_samples is not None:
         random.Random(seed).shuffle(order)
     tracks, ids = {}, set()
 
     def examine(index: int) -> _Examined:
-        record = read_record(index)
+        record = source.read_record(index)
         if genre_from_folder:
-            above = PurePosixPath(record["id"]).parent.name or Path(name).absolute().name
+            above = PurePosixPath(record["id"]).parent.name or Path(source.name).absolute().name
             fill_missing(record, {"genre": above})
         return _examine(record)
 
-    examined = map_in_order(examine, order, num_workers=num_readers)
-    with progress_bar(total=total, desc="Reading tracks", unit="track", disable=not show_progress) as bar:
+    examined = map_in_order(examine, order, num_workers=source.num_readers)
+    with progress_bar(total=source.total, desc="Reading tracks", unit="track", disable=not show_progress) as bar:
         for index in order:
             if max_train_samples is not None and len(tracks) >= max_train_samples:
                 break
@@ -203,7 +166,7 @@ def load_tracks(
             bar.update()
     examined.close()
     if not tracks:
-        raise UsageError(_nothing_usable(name, total, problems))
+        raise UsageError(_nothing_usable(source.name, source.total, problems))
     return [tracks[index] for index in sorted(tracks)], problems
 
 
