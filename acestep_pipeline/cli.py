@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from . import doctor
+from .command_line import accept_either_dash, flags_of, refuse_unknown
 from .commands import adapters as adapters_command
 from .commands import generate as generate_command
 from .commands import storage as storage_command
@@ -85,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "doctor", "check this machine and say how to fix what is wrong", doctor.run)
     doctor.add_arguments(command)
+    accept_either_dash(parser)
     return parser
 
 
@@ -126,7 +128,7 @@ def _add_build_arguments(command: argparse.ArgumentParser) -> None:
 
 def _command(commands, name: str, description: str, run) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     return command
 
 
@@ -134,8 +136,10 @@ def _cache(args: argparse.Namespace) -> int:
     from .data.latent_cache import LatentCache, prepare_tracks
     from .data.track_sources import locate
     from .data.tracks import describe_problems, doubts_about_text, load_tracks
+    from .training.argument_checks import check_bounds
     from .training.settings import check_streaming, text_options
 
+    check_bounds(args)
     text = text_options(args)
     data, said = default_data(args.train_data_dir)
     check_streaming(args.streaming, data)
@@ -150,7 +154,20 @@ def _cache(args: argparse.Namespace) -> int:
         print("\n".join(describe_problems(problems)))
     minutes = sum(entry.num_frames for entry in cached) / encoders.facts.latents_per_second / 60
     print(f"{len(cached)} tracks, {minutes:.1f} min, are cached in {cache.latents_dir.parent}")
-    return 0 if cached else 2
+    if not cached:
+        return 2
+    print(f"Next: accelerate launch train_ace_step_lora.py --preset c{_given_flags(args)}")
+    return 0
+
+
+def _given_flags(args: argparse.Namespace) -> str:
+    """The flags of `cache` that were given, for the training, which has them all."""
+    flags = ""
+    for name in (flag[2:] for flag in flags_of(args.parser)):
+        value = getattr(args, name, None)
+        if value not in (None, args.parser.get_default(name)):
+            flags += f" --{name}" if value is True else f" --{name} {shlex.quote(str(value))}"
+    return flags
 
 
 def _estimate(args: argparse.Namespace) -> int:
@@ -204,11 +221,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args, training_flags = parser.parse_known_args(argv)
     if training_flags and args.run is not _estimate:
-        parser.error(f"unrecognized arguments: {' '.join(training_flags)}")
+        refuse_unknown(parser, training_flags, flags_of(args.parser))
     args.training_flags = training_flags
     with one_sentence_errors(debug=args.debug):
         check_addresses(*vars(args).values())
-        sys.exit(args.run(args))
+        status = args.run(args)
+        sys.stdout.flush()  # `| head` may be gone
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import time
@@ -30,7 +31,8 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def one_sentence_errors(*, debug: bool = False) -> Iterator[None]:
-    """Turn `UsageError` and `RunError` into one sentence on stderr and exit status 2 or 1, signals into 128 + signal.
+    """Turn `UsageError` and `RunError` into one sentence on stderr and exit status 2 or 1, signals into 128 + signal;
+    a reader of stdout that has gone (`| head`) ends the program without a word, as if by SIGPIPE.
 
     Every other exception is a defect of ours and keeps its traceback. With `debug` (or `ACESTEP_DEBUG=1`) these two
     keep theirs as well.
@@ -48,8 +50,23 @@ def one_sentence_errors(*, debug: bool = False) -> Iterator[None]:
             time.sleep(ALONE_AFTER_S)
         print("error: " if rank == "0" else f"error (process {process}): ", error, sep="", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except BrokenPipeError as gone:
+        if gone.filename is not None or not _reader_is_gone():
+            raise
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (Interrupted, KeyboardInterrupt) as stop:
         traceback.clear_frames(stop.__traceback__)
         if os.environ.get("RANK", "0") == "0":
             print(str(stop) or "stopped by SIGINT.", file=sys.stderr, flush=True)
         raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads; if so, what is left of it is dropped."""
+    poll, stdout = select.poll(), sys.__stdout__.fileno()
+    poll.register(stdout, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    # Python flushes once more at its end, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True

@@ -35,16 +35,25 @@ def test_sets_of_targets(transformer, spelt, names):
     assert resolve_target_modules(transformer, parse_targets(spelt)) == names.split(",")
 
 
+def test_a_rank_that_a_layer_can_not_use(tiny_dir):
+    tiny = AceStepTransformer1DModel.from_pretrained(tiny_dir, subfolder="transformer")
+    pattern = LoraSettings(r=96, rank_pattern={"cross_attn.to_k": 97})
+    with pytest.raises(UsageError, match="--rank 97 .* layers.0.cross_attn.to_k can use, a layer from 64 to 32: at"):
+        add_lora(tiny, pattern, seed=0)
+    assert add_lora(tiny, LoraSettings(r=96), seed=0)
+
+
 def test_blocks(transformer):
     assert parse_blocks("0-2, 9") == parse_blocks([9, 2, 1, 0]) == (0, 1, 2, 9)
     assert parse_blocks(None) is None
     names = resolve_target_modules(transformer, ("q_proj", "self_attn.linear_k"), (1, 11))
     assert set(names) == {f"layers.{n}.{name}" for n in (1, 11)
                           for name in ("self_attn.to_q", "cross_attn.to_q", "self_attn.to_k")}  # fmt: skip
-    for blocks, said in (((0, 12), "names 12; this transformer has the blocks 0 to 11"), ((), "names no block")):
+    for blocks, said in (((0, 12), "names 12; this transformer has the blocks 0 to 11"), ((), "names no block"),
+                             (range(12, 100), "names 12, 13, …, 99; this")):  # fmt: skip
         with pytest.raises(UsageError, match=said):
             resolve_target_modules(transformer, ("to_q",), blocks)
-    with pytest.raises(UsageError, match="'condition_embedder' matches no linear layer"):
+    with pytest.raises(UsageError, match="'condition_embedder' .* matches no linear layer"):
         resolve_target_modules(transformer, ("condition_embedder",), (1,))
     for wrong in ("3-1", "a", "1,,2", "-1", [-1]):
         with pytest.raises(UsageError, match="--lora_blocks takes numbers and ranges"):
@@ -85,6 +94,7 @@ def test_a_pattern_that_matches_nothing_fails_before_training(transformer):
         ("--lora_blocks x", "--lora_blocks takes numbers and ranges"),
         ("--lora_layers +", "no target modules"),
         ("--rank 0", "--rank"),
+        ("--rank 2561", "between 1 and 2560, .*--rank"),
     ],
 )
 def test_flags_that_do_not_work(flags, said):

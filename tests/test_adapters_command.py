@@ -101,6 +101,14 @@ def test_merge(sources, transformer, tiny_dir, tiny_pipeline, tmp_path, capsys):
     assert [entry["weight"] for entry in record] == [0.8, -0.4, 1.0] and all(len(e["sha256"]) == 64 for e in record)
 
 
+def test_a_merge_of_more_ranks_than_a_layer_has(sources, tiny_pipeline, tmp_path):
+    lofi = sources["lofi"]
+    assert run("adapters", "merge", *[f"{lofi.source}:0.1"] * 25, "--output", tmp_path / "many") == 0  # rank 25 × 4
+    tiny_pipeline.load_lora_weights(tmp_path / "many")
+    expected = {name: 2.5 * delta for name, delta in lofi.deltas.items()}
+    assert_close(differences(tiny_pipeline.transformer), expected)
+
+
 def test_what_is_wrong_is_one_sentence(sources, tmp_path, capsys):
     jazz, dora = sources["jazz"].source, sources["dora"].source
     zero = {name: tensor * 0 for name, tensor in load_file(sources["lofi"].source).items()}

@@ -393,7 +393,7 @@ def test_flags_that_argparse_refuses(tmp_path, capsys):
     for wrong, reason in (
         ({"preset": "loud"}, "argument --preset: invalid choice: 'loud'"),
         ({"rank": "many"}, "argument --rank: invalid int value: 'many'"),
-        ({"learning_rates": 1}, "unrecognized arguments: --learning_rates 1"),
+        ({"learning_rates": 1}, "unrecognized arguments: --learning_rates 1; did you mean --learning_rate?"),
     ):
         with pytest.raises(SystemExit) as stopped:
             script_arguments.parse_args(flags(tmp_path, tmp_path, **wrong))

@@ -94,6 +94,12 @@ def test_a_file_says_what_it_was_made_with(tmp_path, adapter_dir, format):
     assert tags.title == "lo-fi hip hop" and json.loads(tags.comment) == record
 
 
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3"])
+def test_an_empty_prompt_is_written_too(tmp_path, suffix):
+    assert run_generate(tmp_path / f"out{suffix}", "--prompt", "") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["prompt"] == ""
+
+
 def test_long_lyrics_stay_out_of_the_tags(tmp_path):
     lyrics = tmp_path / "long.txt"
     lyrics.write_text("[verse]\n" + "la la la\n" * 2000)

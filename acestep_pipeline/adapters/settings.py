@@ -35,6 +35,8 @@ TARGET_SPELLINGS = {
     "to_out": "to_out.0",
 }
 MAX_LOKR_DROPOUT = 0.5
+# The width of XL's DiT, the widest: an update of this rank can be any there is.
+MAX_RANK = 2560
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,11 @@ class LoraSettings:
         ranks = {"--rank, or r in --lora_config": self.r} | _named("rank_pattern", self.rank_pattern)
         alphas = {"--lora_alpha": self.lora_alpha} | _named("alpha_pattern", self.alpha_pattern)
         for where, rank in ranks.items():
-            if rank < 1:
-                raise UsageError(f"the LoRA rank must be at least 1, not {rank} ({where}).")
+            if not 1 <= rank <= MAX_RANK:
+                raise UsageError(
+                    f"the LoRA rank must be between 1 and {MAX_RANK}, the width of XL, the widest model, not {rank} "
+                    f"({where})."
+                )
         for where, alpha in alphas.items():
             if not 0 < alpha < math.inf:
                 raise UsageError(f"the LoRA alpha must be positive and finite, not {alpha} ({where}).")

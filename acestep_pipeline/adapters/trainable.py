@@ -34,7 +34,8 @@ def resolve_target_modules(
         if not matched:
             existing = sorted({_suffix(full) for full in linear_names if full.startswith("layers.")})
             raise UsageError(
-                f"the LoRA target {target!r} matches no linear layer of this transformer; "
+                f"the LoRA target {target!r} (--lora_layers, or target_modules in --lora_config) matches no linear "
+                "layer of this transformer; "
                 f"its blocks have: {', '.join(existing)} (also spelt {', '.join(TARGET_SPELLINGS)})."
             )
         resolved.update(dict.fromkeys(matched if blocks is not None else [name]))
@@ -45,8 +46,21 @@ def _check_blocks(model: torch.nn.Module, blocks: tuple[int, ...]) -> None:
     existing = sorted({_block(name) for name, _ in model.named_modules()} - {None})
     missing = [str(block) for block in blocks if block not in existing]
     if missing or not blocks:
-        named = ", ".join(missing) or "no block"
+        shown = missing if len(missing) <= 4 else [*missing[:2], "…", missing[-1]]
+        named = ", ".join(shown) or "no block"
         raise UsageError(f"--lora_blocks names {named}; this transformer has the blocks 0 to {existing[-1]}.")
+
+
+def _check_ranks(model: torch.nn.Module, ranks: dict[str, int]) -> None:
+    """Refuse a LoRA that is larger than the layer it is for, which is read nowhere (`formats/read.py`)."""
+    for name, rank in ranks.items():
+        layer = model.get_submodule(name)
+        most = layer.in_features + layer.out_features
+        if rank > most:
+            raise UsageError(
+                f"--rank {rank} (or r or rank_pattern in --lora_config) is more than {name} can use, a layer from "
+                f"{layer.in_features} to {layer.out_features}: at most {most}."
+            )
 
 
 def resolve_pattern(names: list[str], pattern: dict[str, float], *, field: str) -> dict[str, float]:
@@ -97,14 +111,20 @@ def add_lora(transformer: torch.nn.Module, settings: LoraSettings, *, seed: int)
 
     The initial weights depend on `seed` alone, so every rank starts from the same adapter; the global RNG is left as
     it was.
+
+    Raises:
+        UsageError: a target or a block matches nothing, or a LoRA's rank is more than a layer can use.
     """
     transformer.requires_grad_(False)
     targets = resolve_target_modules(transformer, settings.target_modules, settings.layers_to_transform)
     names = [name for name, _ in transformer.named_modules() if any(_ends_with(name, target) for target in targets)]
+    ranks = resolve_pattern(names, settings.rank_pattern, field="rank_pattern")
+    if settings.adapter_type == "lora":
+        _check_ranks(transformer, {name: ranks.get(name, settings.r) for name in names})
     common = {
         "r": settings.r,
         "target_modules": targets,
-        "rank_pattern": resolve_pattern(names, settings.rank_pattern, field="rank_pattern"),
+        "rank_pattern": ranks,
         "alpha_pattern": resolve_pattern(names, settings.alpha_pattern, field="alpha_pattern"),
     }
     config = ADAPTER_TYPES[settings.adapter_type](settings, common)

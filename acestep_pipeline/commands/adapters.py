@@ -159,7 +159,7 @@ def merge(args: argparse.Namespace) -> int:
     ranks = sorted({weights.rank for weights in combined.modules.values()})
     terms = " + ".join(f"{weight:g} · {Path(source).name}" for source, weight in pairs)
     print(
-        f"Wrote {args.output / LORA_WEIGHTS_NAME} = {terms}, exactly: ranks side by side, now up to {ranks[-1]}, on "
+        f"Wrote {args.output / LORA_WEIGHTS_NAME} = {terms}, exactly: of ranks up to {ranks[-1]} on "
         f"{len(combined.modules)} layers. The same is there for PEFT and ComfyUI."
     )
     return 0

@@ -206,7 +206,7 @@ def write_audio(
     try:
         with soundfile.SoundFile(encoded, "w", sample_rate, len(waveform), codec, format=container) as sound:
             for name, text in (tags or {}).items():
-                if container != "MP3" or text.isascii():
+                if text and (container != "MP3" or text.isascii()):  # libsndfile refuses an empty one
                     setattr(sound, name, text)
             # In blocks: libsndfile's Vorbis encoder overflows the stack on one long call.
             for start in range(0, waveform.shape[1], BLOCK_FRAMES):

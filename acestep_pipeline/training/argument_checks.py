@@ -105,7 +105,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def check_bounds(args: argparse.Namespace) -> None:
-    """Refuse numbers out of their bounds.
+    """Refuse numbers out of their bounds, of the flags that are there.
 
     Raises:
         UsageError: one is.
@@ -115,7 +115,7 @@ def check_bounds(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} must be a finite number, not {value}.")
     for asked, holds, names in BOUNDS:
         for name in names:
-            value = getattr(args, name)
+            value = getattr(args, name, None)
             if value is not None and not holds(value):
                 raise UsageError(f"--{name} must {asked}, not {value}.")
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from ..adapters.settings import read_lora_config
+from ..command_line import accept_either_dash, flags_of, refuse_unknown
 from ..container.variables import TRAINING
 from ..presets import load_preset, preset_names
 from .memory import QUANTIZATION_PACKAGES
@@ -185,6 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(rank_pattern={}, alpha_pattern={})  # from a --lora_config alone
     for variable in TRAINING:
         p._option_string_actions[f"--{variable.flag}"].help += f" [container: {variable.name}]"
+    accept_either_dash(p)
     return p
 
 
@@ -200,10 +202,13 @@ def parse_args(input_args=None) -> argparse.Namespace:
         "--gradient_accumulation_steps",
     ):
         early.add_argument(name)
+    accept_either_dash(early)
     chosen, _ = early.parse_known_args(input_args)
     parser = build_parser()
     parser.set_defaults(**(_preset_defaults(chosen) | _lora_config_defaults(chosen)))
-    args = parser.parse_args(input_args)
+    args, unknown = parser.parse_known_args(input_args)
+    if unknown:
+        refuse_unknown(parser, unknown, flags_of(parser))
     if args.use_8bit_adam:
         args.optimizer = choose_eight_bit(args.optimizer)
     if args.checkpointing_steps is None and args.checkpointing_epochs is None:

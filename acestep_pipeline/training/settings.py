@@ -128,7 +128,8 @@ def check_streaming(streaming: bool, *data_dirs: str | None) -> None:
     """Refuse `--streaming` of what is on this machine anyway, or is read by `datasets`."""
     if streaming and not any(data_dir and can_stream(data_dir) for data_dir in data_dirs):
         raise UsageError(
-            "--streaming fetches the audio of --train_data_dir s3://… or hf://…, and none is given; leave it out."
+            "--streaming fetches the audio of --train_data_dir s3://… or hf://…, and the data is at no such address; "
+            "leave it out."
         )
 
 

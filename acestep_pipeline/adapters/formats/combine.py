@@ -9,7 +9,8 @@ from .record import KIND_NAMES, MAGNITUDE, Adapter, ModuleWeights
 
 @torch.no_grad()
 def combine(adapters: list[Adapter], weights: list[float]) -> Adapter:
-    """One LoRA whose difference is the weighted sum of the adapters'; its rank on a layer is the sum of theirs.
+    """One LoRA whose difference is the weighted sum of the adapters'; its rank on a layer is the sum of theirs,
+    and at most the layer's narrower side.
 
     LoKr and LoHa become the LoRAs that they are equal to first.
 
@@ -48,6 +49,10 @@ def combine(adapters: list[Adapter], weights: list[float]) -> Adapter:
         layer = model.get_submodule(layer_name)
         rank = sum(modules[layer_name].rank for modules in loras if layer_name in modules)
         down, up = layer.lora_A["sum"].weight[:rank], layer.lora_B["sum"].weight[:, :rank]
+        if rank > (full := min(len(up), down.shape[1])):  # more than any update of this layer needs
+            product = up @ down
+            down, up = (product, torch.eye(full)) if len(up) == full else (torch.eye(full), product)
+            rank = full
         combined[layer_name] = ModuleWeights(
             "lora", {"lora_A": down.detach().clone(), "lora_B": up.detach().clone()}, rank, float(rank)
         )
