@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline.errors import UsageError, one_sentence_errors
 from acestep_pipeline.training.compilation import compiled_graphs
+from benchmarks.device_time import synchronize
 from benchmarks.generation_ways import WAYS, Bench, Case
 from benchmarks.random_models import SIZES
 from benchmarks.results_file import RESULTS, Results, measure_or_not
 from benchmarks.suites import check_stages, choose_suite, suite_parser
 from benchmarks.training_measure import spread
-from benchmarks.training_ways import synchronize
 
 ALL = tuple(way for way in WAYS if not way.startswith("adapters_"))
 FEW = ("diffusers", "diffusers_compiled", "adapter", "adapter_compiled")

@@ -48,11 +48,11 @@ from acestep_pipeline.estimation.model_shapes import SHAPES
 from acestep_pipeline.hardware import default_device
 from acestep_pipeline.progress import quiet_loading
 from acestep_pipeline.tiny_checkpoint import tiny_checkpoint_path
+from benchmarks.device_time import synchronize
 from benchmarks.random_models import random_module
 from benchmarks.results_file import RESULTS, Results, measure_or_not
 from benchmarks.suites import choose_suite, suite_parser
 from benchmarks.training_measure import spread
-from benchmarks.training_ways import synchronize
 
 WAYS = ("naive", "ours")
 LYRICS = "[verse]\n" + "\n".join(f"line {line} of a song about the rain and the road" for line in range(12))

@@ -7,31 +7,30 @@ phase before the next begins.
 """
 
 import contextlib
+import functools
 import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from acestep_pipeline.adapters.settings import LoraSettings
+from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.estimation.compute_time import pass_work
 from acestep_pipeline.estimation.gpus import Gpu, find_gpu
 from acestep_pipeline.estimation.memory_use import Batch, Precision
-from benchmarks.training_ways import (
-    FRAMES_PER_SECOND,
-    PHASES,
-    PRESET,
-    RATIOS,
-    TRICKS,
-    Bench,
-    Case,
-    count_flops,
-    synchronize,
-)
+from benchmarks.device_time import PHASES, elapsed, mark, synchronize
+from benchmarks.random_models import condition_width, random_transformer
+from benchmarks.training_bench import Bench
+from benchmarks.training_cases import FRAMES_PER_SECOND, PRESET, RATIOS, TRICKS, Case
+from benchmarks.training_difference import difference
+from benchmarks.training_ways import attention, steps
 
 WARM_UP, TURN, SPLIT_UPDATES = 3, 4, 3
 
@@ -58,11 +57,11 @@ def measure(case: Case, ways: tuple[str, ...], *, updates: int) -> list[dict]:
                 pairs = zip(run.turns, runs["ours"].turns, strict=True)
                 row["vs_ours"] = spread([mine / other for mine, other in pairs], digits=4)
             if run.way == "compiled":
-                row["compile_s"] = round(sum(shape.seconds for shape in bench.compiled.shapes), 1)
-                row["shapes"] = len(bench.compiled.shapes)
-                row["recompilations"] = bench.compiled.num_recompilations
+                row["compile_s"] = round(sum(shape.seconds for shape in bench.blocks.compiled.shapes), 1)
+                row["shapes"] = len(bench.blocks.compiled.shapes)
+                row["recompilations"] = bench.blocks.compiled.num_recompilations
             if run.way in (*TRICKS, *RATIOS, "ours_dense"):
-                row["difference"] = bench.difference(run.way)
+                row["difference"] = difference(bench, run.way)
         return rows
 
 
@@ -71,7 +70,7 @@ class Run:
 
     def __init__(self, bench: Bench, way: str) -> None:
         self.bench, self.way = bench, way
-        self.steps: Iterator[None] = bench.steps(way)
+        self.steps: Iterator[None] = steps(bench, way)
         self.seconds: list[float] = []
         self.turns: list[float] = []  # seconds of an update, the mean over each turn
         self.peak_bytes = 0
@@ -81,7 +80,7 @@ class Run:
         device = self.bench.device
         synchronize(device)
         reset_peak(device)
-        with self.bench.attention(self.way):
+        with attention(self.bench, self.way):
             ends = [mark(device)]
             for _ in range(updates):
                 next(self.steps)
@@ -99,7 +98,7 @@ class Run:
         """Further updates, in which the device finishes each phase before the next begins."""
         clock = self.bench.clock
         clock.seconds = dict.fromkeys(PHASES, 0.0)
-        with self.bench.attention(self.way):
+        with attention(self.bench, self.way):
             clock.start()
             for _ in range(updates):
                 next(self.steps)
@@ -159,6 +158,24 @@ def update_flops(bench: Bench) -> tuple[float, float]:
     return formula(mean, windowed=True), formula(round(mean), windowed=False) / counted
 
 
+@functools.cache
+def count_flops(case: Case, num_items: int, num_tokens: int) -> int:
+    """Operations of one forward and backward pass as PyTorch counts them, without doing any (on the meta device):
+    the plain attention algorithm, nothing computed twice."""
+    model = random_transformer(case.size, device=torch.device("meta"), dtype=torch.float32)
+    add_lora(model, LoraSettings(r=PRESET["rank"], lora_dropout=PRESET["lora_dropout"]), seed=0)
+    frames = case.seconds * FRAMES_PER_SECOND
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.train()(
+            hidden_states=torch.empty(num_items, frames, 64),
+            timestep=torch.empty(num_items),
+            timestep_r=torch.empty(num_items),
+            encoder_hidden_states=torch.empty(num_items, num_tokens, condition_width(model)),
+            context_latents=torch.empty(num_items, frames, 128),
+        ).sample.square().sum().backward()
+    return counter.get_total_flops()
+
+
 def spread(values: list[float], digits: int = 2) -> dict[str, float]:
     """Median and quartiles, within the values that there are."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
@@ -173,20 +190,6 @@ def known_gpu(name: str) -> Gpu | None:
         with contextlib.suppress(UsageError):
             return find_gpu(" ".join(word for word in words if not re.fullmatch(left_out, word.lower())))
     return None
-
-
-def mark(device: torch.device):
-    """Now, in the device's own stream."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def elapsed(before, after) -> float:
-    """Seconds between two marks, after `synchronize`."""
-    return after - before if isinstance(before, float) else before.elapsed_time(after) / 1000
 
 
 def reset_peak(device: torch.device) -> None:

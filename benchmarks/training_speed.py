@@ -23,8 +23,8 @@ from acestep_pipeline.errors import UsageError, one_sentence_errors
 from benchmarks.random_models import SIZES
 from benchmarks.results_file import RESULTS, Results, measure_or_not
 from benchmarks.suites import check_stages, choose_suite, suite_parser
+from benchmarks.training_cases import Case
 from benchmarks.training_measure import measure
-from benchmarks.training_ways import Case
 
 SIDE_BY_SIDE, MASKS = ("bare", "peers", "ours"), ("ours_dense", "ours")
 COMPILED = ("ours", "compiled")

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from acestep_pipeline.errors import one_sentence_errors
 from benchmarks.pages import README, TRAINING_PAGE, write_pages
 from benchmarks.results_file import RESULTS, read_rows
+from benchmarks.training_cases import PADDED_TOKENS
 from benchmarks.training_speed import SUITES, Case, describe
-from benchmarks.training_ways import PADDED_TOKENS
 
 # Way without it -> the trick, and the test of its equality in `tests/`.
 TRICK_ROWS = {

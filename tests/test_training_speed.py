@@ -10,8 +10,11 @@ import torch
 
 from acestep_pipeline.errors import UsageError
 from acestep_pipeline.training.compilation import relative_difference
-from benchmarks import training_measure, training_speed, training_table, training_ways
-from benchmarks.training_ways import RATIOS, TRICKS, Bench, Case
+from benchmarks import training_bench, training_measure, training_speed, training_table
+from benchmarks.training_bench import Bench
+from benchmarks.training_cases import PADDED_TOKENS, RATIOS, TRICKS, Case, Tricks
+from benchmarks.training_difference import difference, first_step
+from benchmarks.training_ways import attention, ours, peers
 
 CASE = Case("small", 2)
 
@@ -72,7 +75,7 @@ def test_what_the_file_has_is_not_measured_again(rehearsed, monkeypatch):
 
 def test_all_ways_train_on_the_same(monkeypatch):
     """Without dropout: the loss of the first update is one, however it is computed, but for padding that is seen."""
-    monkeypatch.setattr(training_ways, "PRESET", training_ways.PRESET | {"lora_dropout": 0.0})
+    monkeypatch.setattr(training_bench, "PRESET", training_bench.PRESET | {"lora_dropout": 0.0})
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(CASE, Path(folder))
         elements = bench.elements(4)
@@ -82,14 +85,14 @@ def test_all_ways_train_on_the_same(monkeypatch):
             assert len(update) == 4 // micro_batch_size
             return sum(bench.loss(bench.bare_forward, batch).item() for batch in update) / elements
 
-        with contextlib.closing(bench.ours()) as steps:
+        with contextlib.closing(ours(bench, Tricks())) as steps:
             next(steps)
             (metrics,) = Path(folder).glob("*/metrics.jsonl")
-            ours = json.loads(metrics.read_text())["loss"]
-        assert loss(4) == pytest.approx(ours, rel=1e-5)
-        assert loss(1) == pytest.approx(ours, rel=1e-5)
-        with bench.attention("peers"):
-            assert loss(1) == pytest.approx(ours, rel=1e-5), "zeros as a mask hide nothing"
+            of_ours = json.loads(metrics.read_text())["loss"]
+        assert loss(4) == pytest.approx(of_ours, rel=1e-5)
+        assert loss(1) == pytest.approx(of_ours, rel=1e-5)
+        with attention(bench, "peers"):
+            assert loss(1) == pytest.approx(of_ours, rel=1e-5), "zeros as a mask hide nothing"
         seen = []
         forward = bench.bare_forward
 
@@ -99,8 +102,8 @@ def test_all_ways_train_on_the_same(monkeypatch):
 
         bench.bare_forward = watch
         before = bench.parameters[0].clone()
-        next(bench.peers())
-        assert seen == [(1, training_ways.PADDED_TOKENS)] * 4
+        next(peers(bench))
+        assert seen == [(1, PADDED_TOKENS)] * 4
         assert not before.equal(bench.parameters[0])
 
 
@@ -110,12 +113,12 @@ def test_every_trick_trains_on_the_same():
         bench = Bench(CASE, Path(folder))
         before = [parameter.clone() for parameter in bench.parameters]
         for way in (*TRICKS.keys() - {"compiled"}, *RATIOS, "ours_dense"):
-            assert bench.difference(way) <= 1e-5, way
+            assert difference(bench, way) <= 1e-5, way
         assert all(map(torch.equal, before, bench.parameters))
         assert bench.transformer.layers[0].self_attn.to_q.lora_dropout["default"].p == 0.05
-        gradients, _ = bench.first_step("ours")
+        gradients, _ = first_step(bench, "ours")
         bench.parameters[0].data.mul_(1.1)
-        changed, _ = bench.first_step("ours")
+        changed, _ = first_step(bench, "ours")
         assert relative_difference(changed, gradients) > 1e-3, "or it could not tell"
 
 
