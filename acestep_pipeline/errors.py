@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 
 # How long a process waits for the launcher to end it because another one had the same error.
@@ -32,11 +33,12 @@ class Interrupted(Exception):
 @contextlib.contextmanager
 def one_sentence_errors(*, debug: bool = False) -> Iterator[None]:
     """Turn `UsageError` and `RunError` into one sentence on stderr and exit status 2 or 1, signals into 128 + signal;
-    a reader of stdout that has gone (`| head`) ends the program without a word, as if by SIGPIPE.
+    a reader of stdout that has gone (`| head`) ends the program without a word, as if by SIGPIPE. Warnings are lines.
 
     Every other exception is a defect of ours and keeps its traceback. With `debug` (or `ACESTEP_DEBUG=1`) these two
     keep theirs as well.
     """
+    format_warning, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         yield
     except (UsageError, RunError) as error:
@@ -59,6 +61,13 @@ def one_sentence_errors(*, debug: bool = False) -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             print(str(stop) or "stopped by SIGINT.", file=sys.stderr, flush=True)
         raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+    finally:
+        warnings.formatwarning = format_warning
+
+
+def _warning_line(message: Warning | str, category: type[Warning], *_: object) -> str:
+    """A warning without the line of the source that it comes from, which says nothing to who runs a command."""
+    return f"warning: {message}\n"
 
 
 def _reader_is_gone() -> bool:

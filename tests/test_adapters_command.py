@@ -113,6 +113,8 @@ def test_what_is_wrong_is_one_sentence(sources, tmp_path, capsys):
     jazz, dora = sources["jazz"].source, sources["dora"].source
     zero = {name: tensor * 0 for name, tensor in load_file(sources["lofi"].source).items()}
     save_file(zero, tmp_path / "zero.safetensors")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/training_args.json").write_text("{}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     out = ("--output", tmp_path / "out")
@@ -123,6 +125,7 @@ def test_what_is_wrong_is_one_sentence(sources, tmp_path, capsys):
             "exists and is not empty",
         ("convert", jazz, "--to", "peft", "--output", jazz): "is the folder of the adapter itself",
         ("convert", jazz, "--to", "peft", "--output", tmp_path / "full/file"): "is not a folder",
+        ("convert", jazz, "--to", "diffusers", "--output", tmp_path / "run"): "holds a run, whose adapter would be",
         ("convert", jazz, "--to", "merged", *out, "--pretrained_model_name_or_path", tmp_path / "no"): "not a folder",
         ("merge", jazz, dora, *out): "DoRA is no sum",
         ("merge", f"{jazz}:nan", *out): "the weight must be a finite number",

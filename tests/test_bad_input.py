@@ -404,6 +404,11 @@ def test_flags_that_argparse_refuses(tmp_path, capsys):
 # --- Output
 
 
+@pytest.mark.parametrize("name", ["../mine", "a/b", "..", ""])
+def test_a_name_of_a_run_that_is_a_path(music, refused, name):
+    assert f"--exp_name {name!r} is no name; say where the run goes with --output_dir" in refused(music, exp_name=name)
+
+
 def test_an_output_directory_with_a_run_needs_a_flag_and_keeps_what_is_not_the_run_s(music, tmp_path, train, refused):
     output = tmp_path / "out"
     train(music, max_train_steps=2, checkpointing_steps=1)

@@ -5,13 +5,17 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from acestep_pipeline import cli
+from acestep_pipeline.errors import one_sentence_errors
 from acestep_pipeline.training import arguments
+from acestep_pipeline.training.optimization import build_lr_scheduler
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,13 @@ def test_a_reader_that_has_gone_ends_the_command_without_a_word():
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_warnings_are_lines():
+    doubt = (UserWarning("this is doubtful"), UserWarning, "write.py", 38)
+    with one_sentence_errors():
+        assert warnings.formatwarning(*doubt) == "warning: this is doubtful\n"
+    assert "write.py:38" in warnings.formatwarning(*doubt)
+
+
 def test_cache_refuses_what_training_would_and_names_the_training(tmp_path, capsys):
     (tmp_path / "my music").mkdir()
     noise = np.random.default_rng(0).normal(0, 0.05, (96_000, 2))
@@ -61,3 +72,11 @@ def test_cache_refuses_what_training_would_and_names_the_training(tmp_path, caps
     assert done.value.code == 0
     command = ["accelerate", "launch", "train_ace_step_lora.py", "--preset", "c", *shared, "--min_duration_s", "1.0"]
     assert shlex.split(last.removeprefix("Next: ")) == command
+
+
+def test_a_warm_up_as_long_as_the_run_is_told():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    schedule = {"optimizer": optimizer, "lr_scheduler": "constant_with_warmup", "num_updates": 100}
+    build_lr_scheduler(**schedule, lr_warmup_steps=99)
+    with pytest.warns(UserWarning, match="--lr_warmup_steps 100 is no less than the run's 100 updates"):
+        build_lr_scheduler(**schedule, lr_warmup_steps=100)

@@ -127,9 +127,10 @@ def test_a_resume_brings_back_the_best_adapter_of_its_checkpoint(demo_dir, tmp_p
 
 
 @pytest.mark.parametrize("flag", ["validation_steps", "validation_epochs", "early_stopping_patience"])
-def test_flags_that_need_held_out_tracks_say_so(demo_dir, tmp_path, flag):
+def test_flags_that_need_held_out_tracks_say_so(demo_dir, tmp_path, flag, capfd):
     with pytest.raises(UsageError, match=f"--{flag} needs held-out tracks: --validation_fraction 0.1"):
         train_here(demo_dir, tmp_path / "out", max_train_samples=1, **{flag: 2})
+    assert "Reading tracks" not in capfd.readouterr().err  # nor is any encoded
 
 
 @pytest.mark.slow

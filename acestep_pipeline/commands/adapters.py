@@ -209,7 +209,11 @@ def _own_name(adapter: "Adapter") -> str:
 
 
 def _refuse_source_folder(output: Path, adapter: "Adapter") -> None:
+    from ..training.run_directory import ARGS_NAME
+
     if adapter.path is not None and output.resolve() == adapter.path.parent.resolve():
         raise UsageError(f"--output {output} is the folder of the adapter itself; name another.")
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is not a folder; name one.")
+    if (output / ARGS_NAME).exists():
+        raise UsageError(f"--output {output} holds a run, whose adapter would be replaced; name another.")

@@ -55,10 +55,10 @@ def load_train_and_held_out(
     tracks, problems = load_tracks(
         train_data_dir, dataset_name=dataset_name, max_train_samples=max_train_samples, seed=seed, **how
     )
-    splits = _splits(train_data_dir) if dataset_name is None else hub_splits(dataset_name)
+    splits = splits_of(train_data_dir) if dataset_name is None else hub_splits(dataset_name)
     held_out: list[Track] = []
     if validation_data_dir is not None:
-        split = HELD_OUT_SPLIT if HELD_OUT_SPLIT in _splits(validation_data_dir) else "train"
+        split = HELD_OUT_SPLIT if HELD_OUT_SPLIT in splits_of(validation_data_dir) else "train"
         held_out, found = load_tracks(validation_data_dir, split=split, **how)
         problems += found
     elif HELD_OUT_SPLIT in splits:
@@ -87,7 +87,8 @@ def load_train_and_held_out(
     return tracks, held_out, problems
 
 
-def _splits(place: Path | RemoteFolder) -> tuple[str, ...]:
+def splits_of(place: Path | RemoteFolder) -> tuple[str, ...]:
+    """The splits of a dataset; none for a folder of music."""
     if isinstance(place, RemoteFolder):
         return remote_splits(place) if are_dataset(place.files) else ()
     return disk_splits(place)

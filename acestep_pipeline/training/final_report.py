@@ -181,7 +181,7 @@ def _generate_command(checkpoint: dict, output_dir: Path, prompt: str) -> str:
     flags += f" --variant_dir {checkpoint['variant_dir']}" if checkpoint.get("variant_dir") else ""
     return (
         f"{_command()} generate {flags} --adapter {shlex.quote(str(output_dir))} "
-        f"--prompt {shlex.quote(prompt)} --output out.wav"
+        f"--prompt {shlex.quote(prompt or '…')} --output out.wav"
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -101,6 +102,12 @@ def build_lr_scheduler(
 
     A schedule-free optimizer does the warm-up itself: for it the schedule is constant.
     """
+    if lr_warmup_steps >= num_updates and lr_scheduler != "constant":
+        warnings.warn(
+            f"--lr_warmup_steps {lr_warmup_steps} is no less than the run's {num_updates} updates: its learning rate "
+            "never reaches --learning_rate",
+            stacklevel=2,
+        )
     return get_scheduler(
         "constant" if hasattr(optimizer, "eval") else lr_scheduler,
         optimizer=optimizer,

@@ -93,6 +93,10 @@ def choose_sources(args: argparse.Namespace) -> dict[str, str]:
         args.train_data_dir, data_from = default_data(args.train_data_dir)
         data = args.train_data_dir
     check_streaming(args.streaming, args.train_data_dir, args.validation_data_dir)
+    if _holds_out_nothing(args):
+        _refuse_validation(args)
+    if args.exp_name is not None and (args.exp_name in ("", ".", "..") or "/" in args.exp_name):
+        raise UsageError(f"--exp_name {args.exp_name!r} is no name; say where the run goes with --output_dir.")
     output_from = "--output_dir" if args.output_dir else "from --exp_name" if args.exp_name else "from preset and data"
     if args.push_to_s3 is not None:
         if is_remote(args.output_dir or ""):
@@ -192,17 +196,32 @@ def validation_steps(
     """
     from .validator import default_validation_steps
 
-    for name in ("validation_steps", "validation_epochs", "early_stopping_patience"):
-        if getattr(args, name) and not num_held_out:
-            raise UsageError(
-                f"--{name} needs held-out tracks: --validation_fraction 0.1 holds a tenth of the tracks out, "
-                "--validation_data_dir names others."
-            )
+    if not num_held_out:
+        _refuse_validation(args)
     if args.validation_epochs:
         return args.validation_epochs * updates_per_epoch
     return args.validation_steps or default_validation_steps(
         args.num_updates, items_per_update=items_per_update, num_passes=num_held_out * args.num_validation_draws
     )
+
+
+def _refuse_validation(args: argparse.Namespace) -> None:
+    for name in ("validation_steps", "validation_epochs", "early_stopping_patience"):
+        if getattr(args, name):
+            raise UsageError(
+                f"--{name} needs held-out tracks: --validation_fraction 0.1 holds a tenth of the tracks out, "
+                "--validation_data_dir names others."
+            )
+
+
+def _holds_out_nothing(args: argparse.Namespace) -> bool:
+    """Whether it is clear without reading any track that none is held out: where the data is on this machine."""
+    from ..data.held_out import HELD_OUT_SPLIT, splits_of
+
+    named = args.validation_fraction or args.validation_data_dir or args.dataset_name
+    if named or can_stream(args.train_data_dir) or not Path(args.train_data_dir).is_dir():
+        return False
+    return HELD_OUT_SPLIT not in splits_of(Path(args.train_data_dir).expanduser())
 
 
 def draw_settings(args: argparse.Namespace, *, items_per_update: int):

@@ -261,7 +261,7 @@ def report_problems(problems: list[Problem], *, strict: bool, say: Callable[[str
     """
     skipped = [problem for problem in problems if problem.skipped]
     if problems:
-        say(f"{len(skipped)} tracks skipped, {len(problems) - len(skipped)} warnings:")
+        say(f"Tracks skipped: {len(skipped)}; warnings: {len(problems) - len(skipped)}.")
         say("\n".join(describe_problems(problems)))
     if skipped and strict:
         first = skipped[0]
