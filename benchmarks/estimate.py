@@ -31,15 +31,13 @@ from diffusers import AceStepTransformer1DModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acestep_pipeline.adapters.settings import LoraSettings
-from acestep_pipeline.adapters.trainable import add_lora
 from acestep_pipeline.condition_mask import ConditionMask
 from acestep_pipeline.errors import UsageError, one_sentence_errors
 from acestep_pipeline.estimation.compute_time import move_seconds, pass_seconds, pass_work, update_bytes
 from acestep_pipeline.estimation.gpus import Gpu, find_gpu
 from acestep_pipeline.estimation.memory_use import Batch, Precision, inspect_adapter, predict_update
 from acestep_pipeline.estimation.this_machine import measure
-from acestep_pipeline.masked_attention import use_masked_attention
-from acestep_pipeline.quantization import quantize_base
+from acestep_pipeline.training.base_model import add_adapter
 from acestep_pipeline.training.memory import enable_gradient_checkpointing
 from acestep_pipeline.training.optimization import build_optimizer
 from acestep_pipeline.training.optimizers import OPTIMIZERS
@@ -64,6 +62,16 @@ class Case:
     optimizer: str = "adamw"
     accumulation: int = 2
     bf16: bool = False
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a window, at 25 Hz."""
+        return self.seconds * 25
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the frozen weights, and of what is computed with them."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
 
 SMALL_CASES = [
@@ -179,65 +187,14 @@ def measure_case(case: Case, device: torch.device, *, updates: int) -> list[dict
 
 def run_case(case: Case, device: torch.device, rates: dict[str, Gpu], updates: int) -> dict:
     """Bytes by part and seconds of one update as predicted (the seconds from each of `rates`), and as measured."""
-    dtype = torch.bfloat16 if case.bf16 else torch.float32
     torch.manual_seed(0)
-    model = random_transformer(case.model, device=torch.device("cpu"), dtype=dtype)
-    frames = case.seconds * 25
-    batch = Batch(case.items, frames, case.condition_tokens)
-    on_cpu = device.type == "cpu"
-    precision = Precision(weight=dtype.itemsize, mask=4 if on_cpu else 1, shared_keys=on_cpu)
-    use_masked_attention(model)
-    quantize_base(model, case.quantization, device=device)
-    parameters = add_lora(model, LoraSettings(r=case.rank, lora_dropout=case.dropout), seed=0)
+    model = random_transformer(case.model, device=torch.device("cpu"), dtype=case.dtype)
+    lora = LoraSettings(r=case.rank, lora_dropout=case.dropout)
+    parameters = add_adapter(model, lora, base_quantization=case.quantization, offload=False, device=device, seed=0)
     for parameter in parameters:  # the upper matrices start as zeros, and zeros are no input to time
         parameter.detach().normal_(std=0.02)
-    with torch.device("meta"):
-        plain = AceStepTransformer1DModel(**transformer_shape(case.model))
-    adapter = inspect_adapter(model, dropout=case.dropout)
-    work = pass_work(plain.config, adapter, batch, precision, base_quantization=case.quantization,
-                     gradient_checkpointing=case.checkpointing)  # fmt: skip
-    after = update_bytes(adapter, OPTIMIZERS[case.optimizer].state_bytes)
-    predicted_s = {
-        name: case.accumulation * pass_seconds(work, gpu, precision) + move_seconds(after, gpu)
-        for name, gpu in rates.items()
-    }
-    predicted = predict_update(
-        plain,
-        adapter,
-        batch,
-        precision,
-        base_quantization=case.quantization,
-        gradient_checkpointing=case.checkpointing,
-        optimizer=case.optimizer,
-    )
-    if case.checkpointing:
-        enable_gradient_checkpointing(model, case.checkpointing)
-    model.train().to(device)
-    optimizer = build_optimizer(
-        parameters, optimizer=case.optimizer, learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.999,
-        adam_weight_decay=0.01, adam_epsilon=1e-8, fused=device.type == "cuda",
-    )  # fmt: skip
-    condition_mask = ConditionMask(model)
-    width = condition_width(model)
-    silence = torch.randn(1, 15000, 64, device=device)
-    null = torch.randn(1, 1, width, device=device, dtype=dtype)
-
-    def update() -> None:
-        for _ in range(case.accumulation):
-            inputs = {
-                "latents": torch.randn(batch.items, frames, 64, device=device),
-                "noise": torch.randn(batch.items, frames, 64, device=device),
-                "sigmas": torch.full((batch.items,), 0.5, device=device),
-                "encoder_hidden_states": torch.randn(batch.items, batch.condition_tokens, width, device=device),
-                "dropped": torch.zeros(batch.items, dtype=torch.bool, device=device),
-            }
-            with torch.autocast(device.type, dtype, enabled=case.bf16):
-                loss = squared_error(model, inputs, condition_mask, silence, null)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
+    predicted, predicted_s = predict(case, model, device, rates)
+    update, optimizer = build_update(case, model, parameters, device)
     update()  # optimizer state and caches are there from the first one on
     peak = measure_peak(update, model, optimizer, device)
     seconds = statistics.median(time_once(update, device) for _ in range(updates))
@@ -249,6 +206,63 @@ def run_case(case: Case, device: torch.device, rates: dict[str, Gpu], updates: i
         "measured_s": round(seconds, 4),
         "time_ratio": {name: round(value / seconds, 3) for name, value in predicted_s.items()},
     }
+
+
+def predict(
+    case: Case, model: torch.nn.Module, device: torch.device, rates: dict[str, Gpu]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Of an update of a model with its adapter: bytes by part, and seconds from each of `rates`."""
+    with torch.device("meta"):
+        plain = AceStepTransformer1DModel(**transformer_shape(case.model))
+    adapter = inspect_adapter(model, dropout=case.dropout)
+    batch = Batch(case.items, case.frames, case.condition_tokens)
+    on_cpu = device.type == "cpu"
+    precision = Precision(weight=case.dtype.itemsize, mask=4 if on_cpu else 1, shared_keys=on_cpu)
+    how = {"base_quantization": case.quantization, "gradient_checkpointing": case.checkpointing}
+    size_bytes = predict_update(plain, adapter, batch, precision, **how, optimizer=case.optimizer)
+    work = pass_work(plain.config, adapter, batch, precision, **how)
+    after = update_bytes(adapter, OPTIMIZERS[case.optimizer].state_bytes)
+    seconds = {
+        name: case.accumulation * pass_seconds(work, gpu, precision) + move_seconds(after, gpu)
+        for name, gpu in rates.items()
+    }
+    return size_bytes, seconds
+
+
+def build_update(
+    case: Case, model: torch.nn.Module, parameters: list[torch.nn.Parameter], device: torch.device
+) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """Make a model with its adapter ready to train on the device: a function that does one update on random windows,
+    and its optimizer."""
+    if case.checkpointing:
+        enable_gradient_checkpointing(model, case.checkpointing)
+    model.train().to(device)
+    optimizer = build_optimizer(
+        parameters, optimizer=case.optimizer, learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.999,
+        adam_weight_decay=0.01, adam_epsilon=1e-8, fused=device.type == "cuda",
+    )  # fmt: skip
+    condition_mask = ConditionMask(model)
+    width = condition_width(model)
+    silence = torch.randn(1, 15000, 64, device=device)
+    null = torch.randn(1, 1, width, device=device, dtype=case.dtype)
+
+    def update() -> None:
+        for _ in range(case.accumulation):
+            inputs = {
+                "latents": torch.randn(case.items, case.frames, 64, device=device),
+                "noise": torch.randn(case.items, case.frames, 64, device=device),
+                "sigmas": torch.full((case.items,), 0.5, device=device),
+                "encoder_hidden_states": torch.randn(case.items, case.condition_tokens, width, device=device),
+                "dropped": torch.zeros(case.items, dtype=torch.bool, device=device),
+            }
+            with torch.autocast(device.type, case.dtype, enabled=case.bf16):
+                loss = squared_error(model, inputs, condition_mask, silence, null)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update, optimizer
 
 
 def time_once(work: Callable[[], None], device: torch.device) -> float:
