@@ -306,7 +306,7 @@ def test_a_pull_that_was_cut_goes_on_with_what_is_right(place, tmp_path):
     copy, partial = tmp_path / "copy", tmp_path / ".partial-copy"
     code = (
         "from pathlib import Path; from acestep_pipeline.storage.release_pull import pull_release; "
-        f"pull_release({place.address!r}, Path({str(copy)!r}), num_workers=1)"
+        f"pull_release({place.address!r}, Path({str(copy)!r}), num_workers=1, max_bytes_per_s=4e6)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (partial / "new").is_dir() or len(content(partial / "new")) < 10:
