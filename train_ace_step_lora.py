@@ -22,6 +22,7 @@ from acestep_pipeline.errors import one_sentence_errors
 from acestep_pipeline.paths import LORA_WEIGHTS_NAME, cache_dir
 from acestep_pipeline.training import arguments, settings
 from acestep_pipeline.training.completion import finish, publish
+from acestep_pipeline.training.directory_lock import hold_directory
 from acestep_pipeline.training.preflight import check_run
 from acestep_pipeline.training.run_directory import (
     clear_leftovers,
@@ -70,6 +71,7 @@ def train(args: argparse.Namespace) -> None:
     listening = choose_listening(args, accelerator, inputs)
     previewer = Previewer(args.output_dir, steps=args.preview_steps if main else None, **listening)
     state = {**learner.state(), "planner": planner, "validator": validator}
+    _held = hold_directory(args.output_dir) if main else None  # until the end, against a second run there
     done, records = resume(args, accelerator, inputs, state, checkpoint, uploads)
 
     interruption = Interruption()  # from here SIGTERM and SIGINT wait for the end of an update

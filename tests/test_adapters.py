@@ -122,7 +122,7 @@ def test_unknown_target_lists_what_exists(transformer, wrong):
     with pytest.raises(UsageError) as caught:
         resolve_target_modules(transformer, ("to_q", wrong))
     message = str(caught.value)
-    assert f"{wrong!r} matches no linear layer" in message
+    assert f"the LoRA target {wrong!r} (--lora_layers" in message
     assert "have: down_proj, gate_proj, to_k, to_out.0, to_q, to_v, up_proj (" in message
     assert "q_proj" in message
     assert "linear_q" in message

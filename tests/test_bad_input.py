@@ -15,6 +15,7 @@ from datasets import Audio, Dataset
 from acestep_pipeline import paths
 from acestep_pipeline.errors import one_sentence_errors
 from acestep_pipeline.training import arguments as script_arguments
+from acestep_pipeline.training import directory_lock
 from acestep_pipeline.training.argument_checks import check_args
 from tests.training_runs import ROOT, SCRIPT, flags, train_here
 
@@ -218,7 +219,7 @@ def test_a_checkpoint_that_is_not_there(music, tmp_path, refused):
 
 def test_a_lora_target_that_matches_nothing(music, refused):
     error = refused(music, lora_layers="to_q,to_x")
-    assert "'to_x' matches no linear layer" in error
+    assert "the LoRA target 'to_x' (--lora_layers, or" in error
     for existing in ("to_q", "to_k", "to_v", "to_out.0", "q_proj"):
         assert existing in error
 
@@ -402,6 +403,25 @@ def test_flags_that_argparse_refuses(tmp_path, capsys):
 
 
 # --- Output
+
+
+HOLD = """
+import sys; from pathlib import Path
+from acestep_pipeline.training.directory_lock import hold_directory
+held = hold_directory(Path(sys.argv[1])); print("held", flush=True); sys.stdin.read()
+"""
+
+
+def test_one_run_at_a_time_in_an_output_directory(music, tmp_path, train, refused, monkeypatch):
+    monkeypatch.setattr(directory_lock, "PATIENCE_S", 0.2)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "out"], **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        for flag in ({}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
+            assert f"--output_dir {tmp_path / 'out'} is in use by another run" in refused(music, **flag)
+        other.kill()
+    train(music)
+    train(music, overwrite_output_dir=True)
 
 
 @pytest.mark.parametrize("name", ["../mine", "a/b", "..", ""])

@@ -116,6 +116,16 @@ def test_cached_conditions_are_what_the_pipeline_feeds_its_transformer(cache, pi
     assert torch.equal(context_latents(pipeline.condition_encoder.silence_latent, entry.crop_frames), context[0])
 
 
+def test_a_cache_that_is_removed_while_it_is_used_is_named(cache, track):
+    entry, _ = cache.prepare(track, 240.0)
+    entry.latents_file.unlink()
+    with pytest.raises(RunError, match=f"{entry.latents_file.name} of the latent cache was removed or damaged"):
+        load_latents(entry, entry.windows[0])
+    entry.windows[0].condition_file.write_bytes(b"cut")
+    with pytest.raises(RunError, match="of the latent cache was removed or damaged .*--resume_from_checkpoint latest"):
+        load_condition(entry.windows[0])
+
+
 def test_cached_latents_are_the_vae_s(cache, pipeline, track):
     entry, _ = cache.prepare(track, 240.0)
     waveform = torch.from_numpy(read_audio(track.audio))[None, :, : entry.num_frames * 1920]

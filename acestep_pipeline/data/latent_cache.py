@@ -7,16 +7,18 @@ or another rank finds them, and another model never does.
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..conditioning import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, PromptFields, encode_condition
 from ..engines import map_in_order
+from ..errors import RunError
 from ..progress import progress_bar
 from .audio import AudioError, read_audio, stream_audio
 from .cache_files import cache_folder, read_header, write_cache_file
@@ -307,10 +309,23 @@ def load_latents(track: CachedTrack, window: Window | None = None) -> dict[str, 
     frames = slice(0, track.num_frames)
     if window is not None:
         frames = slice(window.start_frame, window.start_frame + track.crop_frames)
-    with safe_open(track.latents_file, "pt") as file:
+    with _still_there(track.latents_file), safe_open(track.latents_file, "pt") as file:
         return {name: file.get_slice(name)[frames] for name in ("mean", "std")}
 
 
 def load_condition(window: Window) -> torch.Tensor:
     """`encoder_hidden_states`, `[tokens, dim]`, in the encoder's dtype."""
-    return load_file(window.condition_file)["encoder_hidden_states"]
+    with _still_there(window.condition_file):
+        return load_file(window.condition_file)["encoder_hidden_states"]
+
+
+@contextlib.contextmanager
+def _still_there(file: Path) -> Iterator[None]:
+    """Name a file of the cache that has been removed or damaged since it was written or looked at."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{file} of the latent cache was removed or damaged meanwhile; the same command with "
+            "--resume_from_checkpoint latest goes on from the newest checkpoint, and fills the cache again."
+        ) from error

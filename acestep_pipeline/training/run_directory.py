@@ -23,6 +23,7 @@ from ..paths import (
     PEFT_WEIGHTS_NAME,
     probe_writable,
 )
+from .directory_lock import check_not_held
 from .launch import is_first_process
 from .manifest import MANIFEST_NAME, find_damage
 
@@ -47,7 +48,8 @@ FINISHED_NAME = "finished.json"
 
 
 def check_run_directory(output_dir: Path, *, resuming: bool, overwrite: bool) -> None:
-    """Refuse an output directory that can't be written, or that holds files which a run would replace.
+    """Refuse an output directory that can't be written, where another run is at work, or that holds files which
+    a run would replace.
 
     Only the first process of a run tries to write, as only that one will: the others would see its traces come and go.
 
@@ -57,6 +59,7 @@ def check_run_directory(output_dir: Path, *, resuming: bool, overwrite: bool) ->
     try:
         if is_first_process():
             probe_writable(output_dir)
+            check_not_held(output_dir)
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir} can't be written ({error.strerror}); choose another.") from error
     if overwrite or not output_dir.is_dir():
