@@ -12,7 +12,7 @@ from .commands import adapters as adapters_command
 from .commands import generate as generate_command
 from .commands import storage as storage_command
 from .commands.model_arguments import add_model_arguments, open_encoders
-from .errors import UsageError, one_sentence_errors
+from .errors import UsageError, naming_failed_output, one_sentence_errors
 from .paths import cache_dir, check_addresses, default_data
 from .presets import preset_names
 from .version import __version__
@@ -183,7 +183,10 @@ def _dataset_build(args: argparse.Namespace) -> int:
     if args.num_workers is not None and args.num_workers < 1:
         raise UsageError(f"--num-workers must be at least 1, not {args.num_workers}.")
     options = BuildOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(BuildOptions)})
-    report = build_dataset(args.data_dir, args.output_dir, options, engine=args.engine, num_workers=args.num_workers)
+    with naming_failed_output(args.output_dir):
+        report = build_dataset(
+            args.data_dir, args.output_dir, options, engine=args.engine, num_workers=args.num_workers
+        )
     print(describe_build(report))
     output_dir = shlex.quote(str(args.output_dir))
     print(f"Next: accelerate launch train_ace_step_lora.py --preset c --train_data_dir {output_dir}")
@@ -210,7 +213,8 @@ def _convert(args: argparse.Namespace) -> int:
     source = resolve_checkpoint(args.source, variant_dir=args.variant_dir, revision=args.revision)
     if not isinstance(source, OriginalCheckpoint):
         raise UsageError(f"{args.source} is in diffusers' layout already ({source}): there is nothing to convert.")
-    directory = write_diffusers_checkpoint(source, args.directory)
+    with naming_failed_output(args.directory):
+        directory = write_diffusers_checkpoint(source, args.directory)
     print(f"Wrote {directory} ({size_bytes(directory) / 1e9:.2f} GB)")
     print(f"Next: acestep-lora generate --pretrained_model_name_or_path {shlex.quote(str(directory))} --prompt …")
     return 0

@@ -1,6 +1,7 @@
 """The two kinds of failure a user sees, and how they become one sentence and an exit status."""
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -9,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 # How long a process waits for the launcher to end it because another one had the same error.
 ALONE_AFTER_S = 3
@@ -20,6 +22,26 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """The work itself failed (exit status 1). The message says what was kept and what to do next."""
+
+
+@contextlib.contextmanager
+def naming_failed_output(output: Path) -> Iterator[None]:
+    """Turn a full disk, or a folder that may not be written, into a sentence that names what was to be written.
+
+    Raises:
+        RunError: the disk is full.
+        UsageError: `output` can't be made or written.
+    """
+    try:
+        yield
+    except Exception as error:  # pyarrow and safetensors have exceptions of their own
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            raise RunError(f"{output} can't be written: the disk is full; make room, and run this again.") from error
+        named = getattr(error, "filename", None)
+        if isinstance(named, str | bytes | Path) and Path(os.fsdecode(named)).is_relative_to(output):
+            raise UsageError(f"{output} can't be written ({error.strerror}); choose another.") from error
+        raise
 
 
 class Interrupted(Exception):

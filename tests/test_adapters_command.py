@@ -113,6 +113,9 @@ def test_what_is_wrong_is_one_sentence(sources, tmp_path, capsys):
     jazz, dora = sources["jazz"].source, sources["dora"].source
     zero = {name: tensor * 0 for name, tensor in load_file(sources["lofi"].source).items()}
     save_file(zero, tmp_path / "zero.safetensors")
+    with torch.device("meta"):
+        wide = AceStepTransformer1DModel(num_hidden_layers=4, hidden_size=128, num_attention_heads=4, head_dim=32)
+    other = peft_folder(wide.to_empty(device="cpu"), tmp_path / "other", lora()).source
     (tmp_path / "run").mkdir()
     (tmp_path / "run/training_args.json").write_text("{}")
     (tmp_path / "full").mkdir()
@@ -129,6 +132,9 @@ def test_what_is_wrong_is_one_sentence(sources, tmp_path, capsys):
         ("convert", jazz, "--to", "merged", *out, "--pretrained_model_name_or_path", tmp_path / "no"): "not a folder",
         ("merge", jazz, dora, *out): "DoRA is no sum",
         ("merge", f"{jazz}:nan", *out): "the weight must be a finite number",
+        ("convert", jazz, "--to", "peft", "--output", "/proc/out"): "/proc/out can't be written (",
+        ("merge", jazz, "--output", "/proc/out"): "/proc/out can't be written (",
+        ("merge", jazz, other, *out): "models of different sizes: layers.",
         ("merge", jazz, "--output", tmp_path / "full"): "exists and is not empty",
         ("info", jazz, "--picture", tmp_path / "x.jpeg"): "must be .png",
         ("info", dora, "--picture", tmp_path / "x.png"): "has nothing to show without",

@@ -185,3 +185,19 @@ def test_a_process_that_may_not_write_large_files_ends_with_status_1(demo_dir, t
     check_whole(output)
     train_here(demo_dir, output, resume_from_checkpoint="latest", **SETTINGS)
     assert sample.is_file() and (output / "finished.json").is_file()
+
+
+def test_what_a_command_writes(disk, demo_dir, tmp_path, capsys):
+    train_here(demo_dir, tmp_path / "run", max_train_steps=1, max_duration_s=2)
+    fill(disk)
+    for command in (
+        ["dataset", "build", "--data-dir", demo_dir, "--output-dir"],
+        ["adapters", "convert", tmp_path / "run", "--to", "peft", "--output"],
+        ["adapters", "convert", tmp_path / "run", "--to", "merged", "--output"],
+        ["adapters", "merge", tmp_path / "run", "--output"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(word) for word in (*command, disk / "out")])
+        *_, error = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 1, error
+        assert error == f"error: {disk / 'out'} can't be written: the disk is full; make room, and run this again."

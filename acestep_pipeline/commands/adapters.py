@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import UsageError, naming_failed_output
 from ..paths import default_model
 from .model_arguments import split_weight
 
@@ -75,7 +75,7 @@ def convert(args: argparse.Namespace) -> int:
     base = None
     if args.to != "merged":
         base = _base(args) if args.pretrained_model_name_or_path else None
-    with sentences(args.source):
+    with sentences(args.source), naming_failed_output(args.output):
         adapter = _read(args.source, base, strict=args.strict)
         if args.to == "merged":
             return _merge_into_base(args, adapter)
@@ -130,7 +130,8 @@ def info(args: argparse.Namespace) -> int:
     if args.picture is not None:
         if not norms.layers:
             raise UsageError("--picture has nothing to show without --pretrained_model_name_or_path for this kind.")
-        draw_norms(norms, args.picture)
+        with naming_failed_output(args.picture):
+            draw_norms(norms, args.picture)
         print(f"Wrote {args.picture}")
     return 0
 
@@ -153,9 +154,10 @@ def merge(args: argparse.Namespace) -> int:
         sources.append({"source": source, "weight": weight, "sha256": sha256(adapter.path)})
     with sentences(", ".join(source for source, _ in pairs)):
         combined = combine(adapters, [weight for _, weight in pairs])
-    write.write_diffusers(combined, args.output)
-    write.export(args.output, name=args.name or args.output.resolve().name)
-    write_text(args.output / "merged_from.json", json.dumps({"adapters": sources}, indent=2) + "\n")
+    with naming_failed_output(args.output):
+        write.write_diffusers(combined, args.output)
+        write.export(args.output, name=args.name or args.output.resolve().name)
+        write_text(args.output / "merged_from.json", json.dumps({"adapters": sources}, indent=2) + "\n")
     ranks = sorted({weights.rank for weights in combined.modules.values()})
     terms = " + ".join(f"{weight:g} · {Path(source).name}" for source, weight in pairs)
     print(

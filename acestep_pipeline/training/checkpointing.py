@@ -121,16 +121,28 @@ def check_same_settings(checkpoint: Path, settings: dict) -> None:
     """
     saved = json.loads((checkpoint / STATE_NAME).read_text())["settings"]
     settings = json.loads(json.dumps(settings))
-    differences = [
-        f"{name} was {saved.get(name)!r} and is {settings.get(name)!r}"
-        for name in sorted(saved.keys() | settings.keys())
-        if saved.get(name) != settings.get(name)
-    ]
-    if differences:
+    if differences := _differences(saved, settings):
         raise UsageError(
             f"{checkpoint} was made by other settings: {'; '.join(differences)}. Use the same settings to resume, "
             "or another --output_dir for a new run."
         )
+
+
+def _differences(saved: dict, settings: dict) -> list[str]:
+    """What was and is otherwise, within settings of settings, too; long values (all tracks) are cut."""
+    found = []
+    for name in sorted(saved.keys() | settings.keys()):
+        was, now = saved.get(name), settings.get(name)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += [f"{name}.{difference}" for difference in _differences(was, now)]
+        elif was != now:
+            found.append(f"{name} was {_cut(was)} and is {_cut(now)}")
+    return found
+
+
+def _cut(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _part_file(checkpoint: Path, name: str) -> Path:

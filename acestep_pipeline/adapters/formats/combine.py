@@ -15,13 +15,15 @@ def combine(adapters: list[Adapter], weights: list[float]) -> Adapter:
     LoKr and LoHa become the LoRAs that they are equal to first.
 
     Raises:
-        ValueError: one depends on the base weights, so that it is no sum (DoRA, OFT).
+        ValueError: one depends on the base weights, so that it is no sum (DoRA, OFT), or two are for models of
+            different sizes.
     """
     loras = []
     for adapter in adapters:
         if bad := [kind for kind in adapter.kinds if kind in ("dora", "oft", "diag_oft")] or _with_magnitude(adapter):
             raise ValueError(f"{KIND_NAMES[bad[0]]} is no sum that others can be added to; bake it with --to merged")
         loras.append({name: as_lora(module) for name, module in adapter.modules.items()})
+    _check_sizes(loras)
     model = _layers_without_weights(loras)
     peft_model = None
     for index, modules in enumerate(loras):
@@ -61,6 +63,17 @@ def combine(adapters: list[Adapter], weights: list[float]) -> Adapter:
 
 def _with_magnitude(adapter: Adapter) -> list[str]:
     return [weights.kind for weights in adapter.modules.values() if MAGNITUDE in weights.tensors][:1]
+
+
+def _check_sizes(loras: list[dict[str, ModuleWeights]]) -> None:
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in (pair for modules in loras for pair in modules.items()):
+        out_width, in_width = shapes.setdefault(name, module.shape)
+        if module.shape != (out_width, in_width):
+            raise ValueError(
+                f"they are for models of different sizes: {name} leads from {in_width} to {out_width} in one, and "
+                f"from {module.shape[1]} to {module.shape[0]} in another"
+            )
 
 
 def _layers_without_weights(loras: list[dict[str, ModuleWeights]]) -> torch.nn.Module:
