@@ -131,6 +131,7 @@ def test_what_is_wrong_is_one_sentence(sources, tmp_path, capsys):
         ("convert", jazz, "--to", "diffusers", "--output", tmp_path / "run"): "holds a run, whose adapter would be",
         ("convert", jazz, "--to", "merged", *out, "--pretrained_model_name_or_path", tmp_path / "no"): "not a folder",
         ("merge", jazz, dora, *out): "DoRA is no sum",
+        ("merge", f"{jazz}:loud", *out): "'loud' is no weight; write a number",
         ("merge", f"{jazz}:nan", *out): "the weight must be a finite number",
         ("convert", jazz, "--to", "peft", "--output", "/proc/out"): "/proc/out can't be written (",
         ("merge", jazz, "--output", "/proc/out"): "/proc/out can't be written (",

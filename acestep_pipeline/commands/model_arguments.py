@@ -64,12 +64,14 @@ def split_weight(source: str) -> tuple[str, float]:
     """`SRC:0.8` -> (`SRC`, 0.8); without a number at the end the weight is 1.
 
     Raises:
-        UsageError: the weight is not finite.
+        UsageError: the weight is no number, or not finite.
     """
     name, colon, number = source.rpartition(":")
     try:
         name, weight = (name, float(number)) if colon else (source, 1.0)
     except ValueError:
+        if Path(name).exists() and not Path(source).exists():
+            raise UsageError(f"{source}: {number!r} is no weight; write a number, such as {name}:0.8.") from None
         return source, 1.0
     if not math.isfinite(weight):
         raise UsageError(f"{source}: the weight must be a finite number, such as {name}:0.8.")
