@@ -59,8 +59,9 @@ class Watch:
 
         def watched_stream(loader, micro_batches, *, num_workers):
             self.loader = loader
-            batches = stream(loader, self._remember(micro_batches), num_workers=num_workers)
+            batches, batch = stream(loader, self._remember(micro_batches), num_workers=num_workers), None
             while True:
+                del batch  # which takes longer than the next one's coming, and is no waiting
                 start = time.perf_counter()
                 batch = next(batches, None)
                 if self.count >= WARM_UP:
