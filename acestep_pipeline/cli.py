@@ -139,7 +139,7 @@ def _cache(args: argparse.Namespace) -> int:
     from .training.argument_checks import check_bounds
     from .training.settings import check_streaming, text_options
 
-    check_bounds(args)
+    check_bounds(args, only=vars(args))
     text = text_options(args)
     data, said = default_data(args.train_data_dir)
     check_streaming(args.streaming, data)

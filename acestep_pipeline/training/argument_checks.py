@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ..errors import UsageError
 from ..presets import load_preset
@@ -104,8 +104,8 @@ def check_args(args: argparse.Namespace) -> None:
     args.gradient_accumulation_steps = -(-size.effective // (size.micro * num_processes))
 
 
-def check_bounds(args: argparse.Namespace) -> None:
-    """Refuse numbers out of their bounds, of the flags that are there.
+def check_bounds(args: argparse.Namespace, *, only: Collection[str] | None = None) -> None:
+    """Refuse numbers out of their bounds: of the training's flags, or of those of a command that has `only` some.
 
     Raises:
         UsageError: one is.
@@ -114,8 +114,8 @@ def check_bounds(args: argparse.Namespace) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--{name} must be a finite number, not {value}.")
     for asked, holds, names in BOUNDS:
-        for name in names:
-            value = getattr(args, name, None)
+        for name in names if only is None else [name for name in names if name in only]:
+            value = getattr(args, name)
             if value is not None and not holds(value):
                 raise UsageError(f"--{name} must {asked}, not {value}.")
 

@@ -93,8 +93,8 @@ def choose_sources(args: argparse.Namespace) -> dict[str, str]:
         args.train_data_dir, data_from = default_data(args.train_data_dir)
         data = args.train_data_dir
     check_streaming(args.streaming, args.train_data_dir, args.validation_data_dir)
-    if _holds_out_nothing(args):
-        _refuse_validation(args)
+    if (flag := _needs_held_out(args)) and _holds_out_nothing(args):
+        raise _no_held_out(flag)
     if args.exp_name is not None and (args.exp_name in ("", ".", "..") or "/" in args.exp_name):
         raise UsageError(f"--exp_name {args.exp_name!r} is no name; say where the run goes with --output_dir.")
     output_from = "--output_dir" if args.output_dir else "from --exp_name" if args.exp_name else "from preset and data"
@@ -196,8 +196,8 @@ def validation_steps(
     """
     from .validator import default_validation_steps
 
-    if not num_held_out:
-        _refuse_validation(args)
+    if not num_held_out and (flag := _needs_held_out(args)):
+        raise _no_held_out(flag)
     if args.validation_epochs:
         return args.validation_epochs * updates_per_epoch
     return args.validation_steps or default_validation_steps(
@@ -205,23 +205,27 @@ def validation_steps(
     )
 
 
-def _refuse_validation(args: argparse.Namespace) -> None:
-    for name in ("validation_steps", "validation_epochs", "early_stopping_patience"):
-        if getattr(args, name):
-            raise UsageError(
-                f"--{name} needs held-out tracks: --validation_fraction 0.1 holds a tenth of the tracks out, "
-                "--validation_data_dir names others."
-            )
+def _needs_held_out(args: argparse.Namespace) -> str | None:
+    """A flag that was given and says nothing without held-out tracks."""
+    names = ("validation_steps", "validation_epochs", "early_stopping_patience")
+    return next((name for name in names if getattr(args, name)), None)
+
+
+def _no_held_out(flag: str) -> UsageError:
+    return UsageError(
+        f"--{flag} needs held-out tracks: --validation_fraction 0.1 holds a tenth of the tracks out, "
+        "--validation_data_dir names others."
+    )
 
 
 def _holds_out_nothing(args: argparse.Namespace) -> bool:
     """Whether it is clear without reading any track that none is held out: where the data is on this machine."""
     from ..data.held_out import HELD_OUT_SPLIT, splits_of
 
-    named = args.validation_fraction or args.validation_data_dir or args.dataset_name
-    if named or can_stream(args.train_data_dir) or not Path(args.train_data_dir).is_dir():
+    if args.validation_fraction or args.validation_data_dir or args.dataset_name or can_stream(args.train_data_dir):
         return False
-    return HELD_OUT_SPLIT not in splits_of(Path(args.train_data_dir).expanduser())
+    folder = Path(args.train_data_dir).expanduser()
+    return folder.is_dir() and HELD_OUT_SPLIT not in splits_of(folder)
 
 
 def draw_settings(args: argparse.Namespace, *, items_per_update: int):
